@@ -1,0 +1,147 @@
+"""Raw memory and libc: the only module of the project whose code follows an address.
+
+Every function takes addresses as uint64. Who calls one has checked that the bytes are mapped in this process; the
+checks are in `regions`. Loads of guest memory are atomic, so that a value is read exactly once and cannot be read
+again by the compiler after it was checked.
+"""
+
+import platform
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from kernels.jit import kernel
+
+_I8 = ir.IntType(8)
+_IS_X86 = platform.machine() == "x86_64"
+
+
+def _pointer(builder, address, bits):
+    return builder.inttoptr(address, ir.IntType(bits).as_pointer())
+
+
+def _load(bits, ordering):
+    result = {8: types.uint8, 16: types.uint16, 32: types.uint32, 64: types.uint64}[bits]
+
+    @intrinsic
+    def load(typing_context, address):
+        def generate(context, builder, signature, arguments):
+            return builder.load_atomic(_pointer(builder, arguments[0], bits), ordering, bits // 8)
+
+        return result(types.uint64), generate
+
+    return load
+
+
+def _store(bits, ordering):
+    value_type = {8: types.uint8, 16: types.uint16, 32: types.uint32, 64: types.uint64}[bits]
+
+    @intrinsic
+    def store(typing_context, address, value):
+        def generate(context, builder, signature, arguments):
+            builder.store_atomic(arguments[1], _pointer(builder, arguments[0], bits), ordering, bits // 8)
+            return context.get_dummy_value()
+
+        return types.void(types.uint64, value_type), generate
+
+    return store
+
+
+load_u8 = _load(8, "monotonic")
+load_u16 = _load(16, "monotonic")
+load_u32 = _load(32, "monotonic")
+load_u64 = _load(64, "monotonic")
+load_acquire_u16 = _load(16, "acquire")
+load_acquire_u32 = _load(32, "acquire")
+store_u8 = _store(8, "monotonic")
+store_u16 = _store(16, "monotonic")
+store_u32 = _store(32, "monotonic")
+store_u64 = _store(64, "monotonic")
+store_release_u16 = _store(16, "release")
+store_release_u32 = _store(32, "release")
+
+
+@intrinsic
+def full_fence(typing_context):
+    """Order every earlier store before every later load (virtio 1.2, 2.7.10 and 2.7.13.4)."""
+
+    def generate(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def spin_hint(typing_context):
+    """Tell the CPU that this is a spin loop (x86 `pause`; elsewhere nothing, inline assembly aborts numba)."""
+
+    def generate(context, builder, signature, arguments):
+        if _IS_X86:
+            function = builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), ()))
+            builder.call(function, ())
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def copy_bytes(typing_context, destination, source, count):
+    """memcpy: `count` bytes; the two must not overlap."""
+
+    def generate(context, builder, signature, arguments):
+        destination, source, count = arguments
+        pointer = _I8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, ir.IntType(64), ir.IntType(1)])
+        function = builder.module.declare_intrinsic("llvm.memcpy", (pointer, pointer, ir.IntType(64)), kind)
+        builder.call(
+            function,
+            (
+                builder.inttoptr(destination, pointer),
+                builder.inttoptr(source, pointer),
+                count,
+                ir.Constant(ir.IntType(1), 0),
+            ),
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, types.uint64), generate
+
+
+# libc, by the names and types of its own headers; an address is a uint64, -1 means an error.
+libc_read = types.ExternalFunction("read", types.int64(types.int32, types.uint64, types.uint64))
+libc_write = types.ExternalFunction("write", types.int64(types.int32, types.uint64, types.uint64))
+libc_pread = types.ExternalFunction("pread", types.int64(types.int32, types.uint64, types.uint64, types.int64))
+libc_pwrite = types.ExternalFunction("pwrite", types.int64(types.int32, types.uint64, types.uint64, types.int64))
+libc_preadv = types.ExternalFunction("preadv", types.int64(types.int32, types.uint64, types.int32, types.int64))
+libc_pwritev = types.ExternalFunction("pwritev", types.int64(types.int32, types.uint64, types.int32, types.int64))
+libc_fdatasync = types.ExternalFunction("fdatasync", types.int32(types.int32))
+libc_poll = types.ExternalFunction("poll", types.int32(types.uint64, types.uint64, types.int32))
+libc_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+libc_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.uint64))
+libc_epoll_wait = types.ExternalFunction("epoll_wait", types.int32(types.int32, types.uint64, types.int32, types.int32))
+libc_mmap = types.ExternalFunction(
+    "mmap", types.uint64(types.uint64, types.uint64, types.int32, types.int32, types.int32, types.int64)
+)
+
+
+@kernel
+def ring_eventfd(fd, word_address):
+    """Add 1 to an eventfd; `word_address` points to a 64-bit 1 in this process. True when it was written."""
+    return libc_write(fd, word_address, types.uint64(8)) == 8
+
+
+@kernel
+def drain_eventfd(fd, word_address):
+    """Reset a non-blocking eventfd; `word_address` points to 8 scratch bytes of this process."""
+    return libc_read(fd, word_address, types.uint64(8)) == 8
+
+
+@kernel
+def monotonic_ns(timespec_address):
+    """CLOCK_MONOTONIC in nanoseconds; `timespec_address` points to 16 scratch bytes of this process."""
+    libc_clock_gettime(types.int32(1), timespec_address)
+    return types.int64(load_u64(timespec_address)) * 1_000_000_000 + types.int64(
+        load_u64(timespec_address + types.uint64(8))
+    )

@@ -1,0 +1,119 @@
+"""A UNIX socket whose bytes come with file descriptors, for asyncio (which itself knows nothing of SCM_RIGHTS)."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Sequence
+
+from vvupipe.errors import Disconnected, ProtocolError
+
+_FDS_IN_ONE_MESSAGE = 253  # SCM_MAX_FD of Linux
+
+
+class FdSocket:
+    """An owned, non-blocking AF_UNIX socket.
+
+    One task may receive and one may send at a time. fds that arrive are close-on-exec and belong to the caller.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+
+    async def receive_exactly(self, count: int) -> tuple[bytes, list[int]] | None:
+        """`count` bytes and the fds that came with them; None at an orderly end before the first byte.
+
+        Raises: Disconnected when the peer goes in the middle; ProtocolError when fds were cut off by the kernel.
+        """
+        data = bytearray()
+        fds: list[int] = []
+        try:
+            while len(data) < count:
+                try:
+                    chunk, more = self._receive_some(count - len(data))
+                except BlockingIOError:
+                    await self._wait(readable=True)
+                    continue
+                except ConnectionError:
+                    chunk, more = b"", []
+                fds += more
+                if not chunk:
+                    if data:
+                        raise Disconnected(f"the peer left after {len(data)} of {count} bytes")
+                    close_all(fds)
+                    return None
+                data += chunk
+        except BaseException:
+            close_all(fds)
+            raise
+        return bytes(data), fds
+
+    def _receive_some(self, count: int) -> tuple[bytes, list[int]]:
+        room = socket.CMSG_SPACE(_FDS_IN_ONE_MESSAGE * array.array("i").itemsize)
+        chunk, ancillary, flags, _ = self._sock.recvmsg(count, room, socket.MSG_CMSG_CLOEXEC)
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        if flags & socket.MSG_CTRUNC:
+            close_all(fds)
+            raise ProtocolError("file descriptors were lost on the way: this process has too many open")
+        return chunk, list(fds)
+
+    async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send all of `data`, with `fds` on its first byte. Raises: Disconnected."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        view = memoryview(data)
+        while view:
+            try:
+                sent = self._sock.sendmsg([view], ancillary)
+            except BlockingIOError:
+                await self._wait(readable=False)
+                continue
+            except ConnectionError as error:
+                raise Disconnected("the peer left while a message was sent to it") from error
+            view = view[sent:]
+            ancillary = []
+
+    async def _wait(self, *, readable: bool) -> None:
+        await wait_fd(self._sock.fileno(), readable=readable)
+
+    @property
+    def peer_pid(self) -> int:
+        """Process id of whoever connected (SO_PEERCRED)."""
+        return int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
+
+    def shut_down(self) -> None:
+        """Make the peer see an end and our own pending receive return, without freeing the fd."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()
+
+
+async def wait_fd(fd: int, *, readable: bool = True) -> None:
+    """Return once `fd` is readable (or writable)."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    (loop.add_reader if readable else loop.add_writer)(fd, wake)
+    try:
+        await ready
+    finally:
+        (loop.remove_reader if readable else loop.remove_writer)(fd)
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Close every fd of the list."""
+    for fd in fds:
+        os.close(fd)

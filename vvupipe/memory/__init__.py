@@ -1,0 +1,1 @@
+"""Memory that processes share: regions, mappings, POSIX shared memory, doorbells."""

@@ -1,0 +1,333 @@
+"""Layout of the vhost-user messages: header, request numbers, feature bits, payloads.
+
+Source: QEMU docs/interop/vhost-user.rst, "Message Specification" and "Front-end message types". All numbers are in
+the machine's byte order. `unpack` checks syntax only; what a message may mean at a moment is the session's business.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from vvupipe.errors import ProtocolError
+
+VERSION = 0x1  #: "Header": the lower 2 bits of `flags`
+VERSION_MASK = 0x3
+FLAG_REPLY = 0x4
+FLAG_NEED_REPLY = 0x8
+
+HEADER = struct.Struct("=III")  #: request, flags, size of the payload
+MAX_PAYLOAD = 4096 - HEADER.size  #: the largest payload in use is a 32-slot memory table; one page is ample
+MAX_FDS = 8  #: "Memory regions description": at most 8 regions, one fd each
+MAX_REGIONS = 8
+
+VRING_INDEX_MASK = 0xFF  #: SET_VRING_KICK and its kin: bits 0-7 of the u64
+VRING_NO_FD = 0x100  #: the same: bit 8, no fd is attached (polling, or no interrupt)
+
+
+class Request(enum.IntEnum):
+    """Requests of the front-end, in the order of their numbers ("Front-end message types")."""
+
+    GET_FEATURES = 1
+    SET_FEATURES = 2
+    SET_OWNER = 3
+    RESET_OWNER = 4
+    SET_MEM_TABLE = 5
+    SET_LOG_BASE = 6
+    SET_LOG_FD = 7
+    SET_VRING_NUM = 8
+    SET_VRING_ADDR = 9
+    SET_VRING_BASE = 10
+    GET_VRING_BASE = 11
+    SET_VRING_KICK = 12
+    SET_VRING_CALL = 13
+    SET_VRING_ERR = 14
+    GET_PROTOCOL_FEATURES = 15
+    SET_PROTOCOL_FEATURES = 16
+    GET_QUEUE_NUM = 17
+    SET_VRING_ENABLE = 18
+    SEND_RARP = 19
+    NET_SET_MTU = 20
+    SET_BACKEND_REQ_FD = 21
+    IOTLB_MSG = 22
+    SET_VRING_ENDIAN = 23
+    GET_CONFIG = 24
+    SET_CONFIG = 25
+    CREATE_CRYPTO_SESSION = 26
+    CLOSE_CRYPTO_SESSION = 27
+    POSTCOPY_ADVISE = 28
+    POSTCOPY_LISTEN = 29
+    POSTCOPY_END = 30
+    GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
+    GPU_SET_SOCKET = 33
+    RESET_DEVICE = 34
+    VRING_KICK = 35
+    GET_MAX_MEM_SLOTS = 36
+    ADD_MEM_REG = 37
+    REM_MEM_REG = 38
+    SET_STATUS = 39
+    GET_STATUS = 40
+
+
+#: Requests whose reply has a payload of its own; REPLY_ACK adds nothing to these ("Communication").
+ANSWERED = frozenset(
+    {
+        Request.GET_FEATURES,
+        Request.GET_PROTOCOL_FEATURES,
+        Request.GET_VRING_BASE,
+        Request.GET_QUEUE_NUM,
+        Request.GET_CONFIG,
+        Request.GET_MAX_MEM_SLOTS,
+        Request.GET_STATUS,
+        Request.GET_INFLIGHT_FD,
+    }
+)
+
+
+class ProtocolFeature(enum.IntFlag):
+    """Protocol feature bits ("Protocol features")."""
+
+    MQ = 1 << 0
+    LOG_SHMFD = 1 << 1
+    RARP = 1 << 2
+    REPLY_ACK = 1 << 3
+    MTU = 1 << 4
+    BACKEND_REQ = 1 << 5
+    CROSS_ENDIAN = 1 << 6
+    CRYPTO_SESSION = 1 << 7
+    PAGEFAULT = 1 << 8
+    CONFIG = 1 << 9
+    BACKEND_SEND_FD = 1 << 10
+    HOST_NOTIFIER = 1 << 11
+    INFLIGHT_SHMFD = 1 << 12
+    RESET_DEVICE = 1 << 13
+    INBAND_NOTIFICATIONS = 1 << 14
+    CONFIGURE_MEM_SLOTS = 1 << 15
+    STATUS = 1 << 16
+
+
+F_PROTOCOL_FEATURES = 1 << 30  #: feature bit VHOST_USER_F_PROTOCOL_FEATURES
+
+
+@dataclass(slots=True)
+class Message:
+    """One vhost-user message, with the file descriptors that came or go with it.
+
+    Whoever receives a message owns `fds`: take what you keep out with `take_fd`, then call `close_fds`.
+    """
+
+    request: int
+    payload: bytes = b""
+    flags: int = VERSION
+    fds: list[int] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The specification's name of the request, or its number."""
+        try:
+            return Request(self.request).name
+        except ValueError:
+            return f"request {self.request}"
+
+    @property
+    def need_reply(self) -> bool:
+        """Whether the sender set NEED_REPLY."""
+        return bool(self.flags & FLAG_NEED_REPLY)
+
+    @property
+    def is_reply(self) -> bool:
+        """Whether the REPLY flag is set."""
+        return bool(self.flags & FLAG_REPLY)
+
+    def reply(self, payload: bytes) -> Message:
+        """The reply to this request, with `payload`."""
+        return Message(self.request, payload, VERSION | FLAG_REPLY)
+
+    def pack(self) -> bytes:
+        """Header and payload as they go over the wire."""
+        return HEADER.pack(self.request, self.flags, len(self.payload)) + self.payload
+
+    def take_fd(self) -> int:
+        """Hand over the first fd; the caller owns it now.
+
+        Raises: ProtocolError when the message brought none.
+        """
+        if not self.fds:
+            raise ProtocolError(f"{self.name} without the file descriptor that it needs")
+        return self.fds.pop(0)
+
+    def close_fds(self) -> None:
+        """Close every fd that nobody took."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+def unpack_header(header: bytes) -> tuple[int, int, int]:
+    """(request, flags, payload size) of a 12-byte header.
+
+    Raises: ProtocolError on a wrong version or a payload larger than MAX_PAYLOAD.
+    """
+    request, flags, size = HEADER.unpack(header)
+    if flags & VERSION_MASK != VERSION:
+        raise ProtocolError(f"vhost-user version {flags & VERSION_MASK}, expected {VERSION}")
+    if size > MAX_PAYLOAD:
+        raise ProtocolError(f"payload of {size} bytes in request {request}, the limit is {MAX_PAYLOAD}")
+    return request, flags, size
+
+
+def unpack(data: bytes | memoryview) -> Message:
+    """A whole message from `data` (as a VVU queue carries it).
+
+    Raises: ProtocolError when header and length do not agree.
+    """
+    data = bytes(data)
+    if len(data) < HEADER.size:
+        raise ProtocolError(f"message of {len(data)} bytes is shorter than its header")
+    request, flags, size = unpack_header(data[: HEADER.size])
+    if len(data) != HEADER.size + size:
+        raise ProtocolError(f"message of {len(data)} bytes, its header says {HEADER.size + size}")
+    return Message(request, data[HEADER.size :], flags)
+
+
+def _fields(layout: struct.Struct, message: Message) -> tuple[int, ...]:
+    if len(message.payload) != layout.size:
+        raise ProtocolError(f"{message.name} with {len(message.payload)} bytes of payload, expected {layout.size}")
+    return layout.unpack(message.payload)
+
+
+_U64 = struct.Struct("=Q")
+
+
+def pack_u64(value: int) -> bytes:
+    """ "A single 64-bit integer"."""
+    return _U64.pack(value)
+
+
+def unpack_u64(message: Message) -> int:
+    """The message's 64-bit integer. Raises: ProtocolError on another payload size."""
+    (value,) = _fields(_U64, message)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class VringState:
+    """ "A vring state description"."""
+
+    index: int
+    num: int
+    _LAYOUT = struct.Struct("=II")
+
+    def pack(self) -> bytes:
+        """The payload's bytes."""
+        return self._LAYOUT.pack(self.index, self.num)
+
+    @classmethod
+    def unpack(cls, message: Message) -> VringState:
+        """Raises: ProtocolError on another payload size."""
+        return cls(*_fields(cls._LAYOUT, message))
+
+
+@dataclass(frozen=True, slots=True)
+class VringAddress:
+    """ "A vring address description": the three parts of a ring as front-end user addresses."""
+
+    index: int
+    flags: int
+    descriptor_uva: int
+    used_uva: int
+    available_uva: int
+    log_gpa: int = 0
+    _LAYOUT = struct.Struct("=IIQQQQ")
+
+    def pack(self) -> bytes:
+        """The payload's bytes."""
+        return self._LAYOUT.pack(
+            self.index, self.flags, self.descriptor_uva, self.used_uva, self.available_uva, self.log_gpa
+        )
+
+    @classmethod
+    def unpack(cls, message: Message) -> VringAddress:
+        """Raises: ProtocolError on another payload size."""
+        return cls(*_fields(cls._LAYOUT, message))
+
+
+@dataclass(frozen=True, slots=True)
+class RegionEntry:
+    """One region of "Memory regions description"; all four numbers are 64-bit."""
+
+    gpa: int
+    size_bytes: int
+    uva: int
+    mmap_offset: int
+    LAYOUT = struct.Struct("=QQQQ")
+
+    def pack(self) -> bytes:
+        """The 32 bytes of one region."""
+        return self.LAYOUT.pack(self.gpa, self.size_bytes, self.uva, self.mmap_offset)
+
+    def check(self) -> None:
+        """Raises: ProtocolError on an empty region or one that wraps the 64-bit address space."""
+        limit = 1 << 64
+        if not self.size_bytes or any(
+            start + self.size_bytes > limit for start in (self.gpa, self.uva, self.mmap_offset)
+        ):
+            raise ProtocolError(f"memory region of {self.size_bytes:#x} bytes at {self.gpa:#x} is not possible")
+
+
+_TABLE_HEAD = struct.Struct("=II")
+
+
+def pack_memory_table(regions: Iterable[RegionEntry]) -> bytes:
+    """The payload of SET_MEM_TABLE."""
+    regions = list(regions)
+    return _TABLE_HEAD.pack(len(regions), 0) + b"".join(region.pack() for region in regions)
+
+
+def unpack_memory_table(message: Message) -> list[RegionEntry]:
+    """The regions of SET_MEM_TABLE, checked one by one.
+
+    Raises: ProtocolError on too many regions, a wrong size or an impossible region.
+    """
+    if len(message.payload) < _TABLE_HEAD.size:
+        raise ProtocolError("memory table without a header")
+    count, _ = _TABLE_HEAD.unpack_from(message.payload)
+    if not 1 <= count <= MAX_REGIONS:
+        raise ProtocolError(f"memory table of {count} regions, 1 to {MAX_REGIONS} are possible")
+    body = message.payload[_TABLE_HEAD.size :]
+    # Front-ends send either what is used or, as QEMU's union, room for all eight.
+    if len(body) < count * RegionEntry.LAYOUT.size:
+        raise ProtocolError(f"memory table of {count} regions in {len(body)} bytes")
+    regions = [RegionEntry(*RegionEntry.LAYOUT.unpack_from(body, k * RegionEntry.LAYOUT.size)) for k in range(count)]
+    for region in regions:
+        region.check()
+    return regions
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigAccess:
+    """ "Virtio device config space": `data` is as long as `size_bytes`."""
+
+    offset: int
+    size_bytes: int
+    flags: int
+    data: bytes
+    _HEAD = struct.Struct("=III")
+
+    def pack(self) -> bytes:
+        """The payload's bytes."""
+        return self._HEAD.pack(self.offset, self.size_bytes, self.flags) + self.data
+
+    @classmethod
+    def unpack(cls, message: Message) -> ConfigAccess:
+        """Raises: ProtocolError when the payload is not as long as it says."""
+        if len(message.payload) < cls._HEAD.size:
+            raise ProtocolError(f"{message.name} without its header")
+        offset, size_bytes, flags = cls._HEAD.unpack_from(message.payload)
+        data = message.payload[cls._HEAD.size :]
+        if len(data) != size_bytes:
+            raise ProtocolError(f"{message.name} says {size_bytes} bytes and brings {len(data)}")
+        return cls(offset, size_bytes, flags, data)

@@ -1,0 +1,60 @@
+"""What the vhost-user back-end asks of whatever carries it: a message channel, memory regions, doorbells.
+
+A UNIX socket (`socket_transport`) and a VVU function (`vvupipe.vvu.driver_transport`) implement these; nothing above
+this interface knows which one it has.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from vvupipe.memory.doorbell import Doorbell
+from vvupipe.memory.region import MemoryRegion
+from vvupipe.vhost_user.messages import Message, ProtocolFeature
+
+
+class Connection(Protocol):
+    """One stay of one front-end."""
+
+    #: Protocol features that this carrier can pass on; the back-end offers no others.
+    protocol_features: ProtocolFeature
+
+    async def receive(self) -> Message | None:
+        """The next message, or None when the front-end has gone.
+
+        Raises: ProtocolError when the peer breaks the framing, TransportError when the carrier fails.
+        """
+
+    async def send(self, message: Message) -> None:
+        """Send a reply. Raises: Disconnected when the front-end has gone, TransportError."""
+
+    def memory_regions(self, message: Message) -> list[MemoryRegion]:
+        """The regions that SET_MEM_TABLE tells of, each with an fd that the caller owns.
+
+        Raises: ProtocolError when the message and what came with it do not fit together.
+        """
+
+    def kick(self, message: Message) -> int | None:
+        """The eventfd of SET_VRING_KICK, owned by the caller; None asks for polling."""
+
+    def call(self, message: Message) -> Doorbell | None:
+        """The doorbell of SET_VRING_CALL, owned by the caller; None wants no interrupts."""
+
+    def err(self, message: Message) -> Doorbell | None:
+        """The doorbell of SET_VRING_ERR, owned by the caller."""
+
+    def close(self) -> None:
+        """End this stay: the front-end sees a disconnect. Harmless when called again."""
+
+
+class Transport(Protocol):
+    """Where front-ends come from."""
+
+    async def accept(self) -> Connection:
+        """Wait for the next front-end. Raises: TransportError when the carrier itself is gone for good."""
+
+    def close(self) -> None:
+        """Stop accepting and remove what was created (socket file, DMA mappings)."""
+
+    def describe(self) -> str:
+        """Where front-ends connect, for a person: "socket /tmp/x" or "VVU function 0000:00:10.0 of vm0"."""
