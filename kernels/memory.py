@@ -121,6 +121,7 @@ libc_poll = types.ExternalFunction("poll", types.int32(types.uint64, types.uint6
 libc_sched_yield = types.ExternalFunction("sched_yield", types.int32())
 libc_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.uint64))
 libc_epoll_wait = types.ExternalFunction("epoll_wait", types.int32(types.int32, types.uint64, types.int32, types.int32))
+end_process = types.ExternalFunction("_exit", types.void(types.int32))
 libc_mmap = types.ExternalFunction(
     "mmap", types.uint64(types.uint64, types.uint64, types.int32, types.int32, types.int32, types.int64)
 )

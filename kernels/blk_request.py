@@ -1,0 +1,82 @@
+"""virtio-blk requests (virtio 1.2, 5.2.6): from a segment list to what is to be done, wherever the driver put it."""
+
+import numpy as np
+from numba import uint64
+
+from kernels.jit import kernel
+from kernels.memory import copy_bytes, load_u32, load_u64
+from kernels.status import ERR_BAD_REQUEST, ERR_NO_STATUS, OK
+from kernels.virtio_layout import BLK_HEADER_SIZE
+
+_ZERO = np.uint64(0)
+_ONE = np.uint64(1)
+
+
+@kernel
+def take_header(segments, readable, scratch):
+    """Copy the 16-byte header out of the readable segments to `scratch`, and cut it off them.
+
+    Returns (status, first segment that still has readable bytes). A driver may spread the header at will (5.2.6).
+    """
+    wanted = uint64(BLK_HEADER_SIZE)
+    copied = _ZERO
+    first = np.int64(0)
+    while copied < wanted:
+        if first >= readable:
+            return ERR_BAD_REQUEST, first
+        address = segments[first, 0]
+        length = segments[first, 1]
+        if address == _ZERO:
+            return ERR_BAD_REQUEST, first
+        part = min(length, wanted - copied)
+        copy_bytes(scratch + copied, address, part)
+        copied += part
+        if part == length:
+            first += 1
+        else:
+            segments[first, 0] = address + part
+            segments[first, 1] = length - part
+    return OK, first
+
+
+@kernel
+def take_status(segments, readable, count):
+    """Cut the last writable byte off: it takes the status. Returns (its address or 0, segments that are left)."""
+    if count <= readable:
+        return _ZERO, count
+    last = count - 1
+    length = segments[last, 1]
+    address = segments[last, 0]
+    if address == _ZERO:
+        return _ZERO, count
+    if length == _ONE:
+        return address, count - 1
+    segments[last, 1] = length - _ONE
+    return address + length - _ONE, count
+
+
+@kernel
+def total_bytes(segments, first, end):
+    """Sum of the lengths of segments[first:end]."""
+    total = _ZERO
+    for k in range(first, end):
+        total += segments[k, 1]
+    return total
+
+
+@kernel
+def parse_request(segments, readable, count, scratch):
+    """Split a chain into header, data and status.
+
+    Returns (status, type, sector, first and end of the readable data, first and end of the writable data, status
+    address). With ERR_NO_STATUS the request cannot even be answered.
+    """
+    status_address, end = take_status(segments, readable, count)
+    if status_address == _ZERO:
+        return ERR_NO_STATUS, np.int64(-1), _ZERO, 0, 0, 0, 0, _ZERO
+    status, first = take_header(segments, readable, scratch)
+    if status != OK:
+        return status, np.int64(-1), _ZERO, 0, 0, readable, end, status_address
+    kind = np.int64(load_u32(scratch))
+    sector = load_u64(scratch + uint64(8))
+    return OK, kind, sector, first, readable, readable, end, status_address

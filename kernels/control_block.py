@@ -1,0 +1,52 @@
+"""The control block: what coordinator and workers share about each worker and vring. Plain dtypes, no numba.
+
+One block serves one back-end: `workers` records, then `vrings` records, each 128-byte aligned so that two writers never
+share a cache line. Every field has one writer: the coordinator ("C") or the worker that serves the vring ("W").
+"""
+
+import numpy as np
+
+WORKER = np.dtype(
+    [
+        ("attention", "<u4"),  # C: differs from what the worker last saw when a command waits
+        ("heartbeat", "<u4"),  # W: counts entries into the kernel
+        ("bus_errors", "<u8"),  # W: SIGBUS caught (a file behind a mapping shrank)
+        ("bus_error_address", "<u8"),  # W: the last address that faulted
+        ("sleeps", "<u8"),  # W: times it slept for lack of work
+        ("_pad", "V96"),
+    ]
+)
+assert WORKER.itemsize == 128
+
+VRING_STOPPED = 0
+VRING_RUNNING = 1
+VRING_BROKEN = 2  # the driver broke the ring; stopped until the front-end starts it again
+
+VRING = np.dtype(
+    [
+        ("state", "<u4"),  # W: VRING_*
+        ("error", "<i4"),  # W: kernels.status code that broke it
+        ("last_avail_idx", "<u2"),  # W: next available entry to take
+        ("used_idx", "<u2"),  # W: next used entry to write
+        ("_pad0", "V4"),
+        ("requests", "<u8"),  # W: requests completed, errors included
+        ("errors", "<u8"),  # W: of them, those that got another status than OK
+        ("read_bytes", "<u8"),  # W
+        ("written_bytes", "<u8"),  # W
+        ("flushes", "<u8"),  # W
+        ("kicks", "<u8"),  # W: kicks received
+        ("calls", "<u8"),  # W: calls sent
+        ("_pad1", "V56"),
+    ]
+)
+assert VRING.itemsize == 128
+
+
+def block_bytes(num_workers: int, num_vrings: int) -> int:
+    """Size of a block, a whole number of pages."""
+    return -(-(num_workers * WORKER.itemsize + num_vrings * VRING.itemsize) // 4096) * 4096
+
+
+def offset_of(record: np.dtype, field: str) -> int:
+    """Byte offset of a field in its record, for kernels, which follow addresses."""
+    return int(record.fields[field][1])

@@ -1,0 +1,1 @@
+"""Worker processes: what runs kernels, and how the coordinator commands it."""
