@@ -93,6 +93,7 @@ def sleep(loop, rings, pollfds):
     """Ask for kicks, then wait for one or for a command. Returns nanoseconds asleep; 0: there was work already."""
     timeout = int32(-1)
     ready = False
+    pollfds[0].revents = np.int16(0)
     for k in range(rings.shape[0]):
         ring = rings[k]
         running = ring.state == cb.VRING_RUNNING

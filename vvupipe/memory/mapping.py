@@ -28,7 +28,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def _on_hugetlbfs(fd: int) -> bool:
     buffer = _StatFs()
-    return _libc.fstatfs(fd, ctypes.byref(buffer)) == 0 and buffer.f_type & 0xFFFFFFFF == _HUGETLBFS_MAGIC
+    if _libc.fstatfs(fd, ctypes.byref(buffer)):
+        return False
+    return int(buffer.f_type) & 0xFFFFFFFF == _HUGETLBFS_MAGIC
 
 
 class Mapping:

@@ -1,0 +1,5 @@
+"""`python -m vvupipe`."""
+
+from vvupipe.cli.main import main
+
+main()

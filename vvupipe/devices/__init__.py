@@ -1,0 +1,1 @@
+"""Device back-ends. Each gives the vhost-user back-end a `Device` and its workers a `DeviceKernel`."""

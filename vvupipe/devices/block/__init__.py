@@ -1,0 +1,1 @@
+"""virtio-blk: the image, the configuration space, the device, and its part of a worker."""

@@ -1,0 +1,59 @@
+"""Sizes and durations as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+_SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"(\d+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
+_SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "4096", "4k", "512M", "1GiB" (powers of 1024, as fio has them). Raises: ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"'{text}' is not a size: use a number with k, m, g or t behind it, as in 4k")
+    return int(match[1]) * _SUFFIXES[match[2].lower()]
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "10", "10s", "500ms", "2m". Raises: ValueError."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"'{text}' is not a duration: use a number with ms, s, m or h behind it, as in 10s")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def human_bytes(count: float) -> str:
+    """ "512 MiB", "1.5 GiB", "0 B"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            break
+        count /= 1024
+    else:
+        unit = "TiB"
+    return f"{count:.0f} {unit}" if count == int(count) else f"{count:.2f} {unit}"
+
+
+def human_ns(duration_ns: float) -> str:
+    """ "850 ns", "12.3 us", "4.56 ms", "1.20 s"."""
+    for unit, scale in (("ns", 1.0), ("us", 1e3), ("ms", 1e6)):
+        if duration_ns < 1000 * scale:
+            value = duration_ns / scale
+            return f"{value:.0f} {unit}" if unit == "ns" else f"{value:.{1 if value >= 10 else 2}f} {unit}"
+    return f"{duration_ns / 1e9:.2f} s"
+
+
+def parse_cpu_list(text: str) -> list[int]:
+    """CPUs of "0,2-3", in the order given, as taskset writes them. Raises: ValueError."""
+    cpus: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"'{text}' is not a list of CPUs: write it like 0,2-3")
+        cpus.extend(range(int(first), int(last or first) + 1))
+    if not cpus:
+        raise ValueError("a list of CPUs cannot be empty")
+    return cpus

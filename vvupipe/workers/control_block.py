@@ -1,0 +1,62 @@
+"""The control block of a back-end in POSIX shared memory, as numpy sees it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from kernels import control_block as layout
+from vvupipe.memory.mapping import Mapping
+from vvupipe.memory.shared import create_unnamed
+
+
+@dataclass(frozen=True, slots=True)
+class VringCounters:
+    """What one vring did since the back-end started."""
+
+    requests: int
+    errors: int
+    read_bytes: int
+    written_bytes: int
+    flushes: int
+    kicks: int
+    calls: int
+
+    def as_dict(self) -> dict[str, int]:
+        """The counters by name."""
+        return asdict(self)
+
+
+class ControlBlock:
+    """`workers` and `vrings` are record arrays on the shared memory behind `fd`; the layout is kernels/control_block.py.
+
+    Raises: UserError when there is no room for a new block.
+    """
+
+    def __init__(self, num_workers: int, num_vrings: int, fd: int | None = None) -> None:
+        size_bytes = layout.block_bytes(num_workers, num_vrings)
+        self.fd = create_unnamed(size_bytes) if fd is None else fd
+        self._mapping = Mapping(self.fd, size_bytes)
+        split = num_workers * layout.WORKER.itemsize
+        self.workers = np.frombuffer(self._mapping.view, layout.WORKER, num_workers)
+        self.vrings = np.frombuffer(self._mapping.view, layout.VRING, num_vrings, split)
+        self._address = self._mapping.address
+        self._split = split
+
+    def worker_address(self, index: int) -> int:
+        """Address of a worker's record in this process."""
+        return int(self._address + index * layout.WORKER.itemsize)
+
+    def vring_address(self, index: int) -> int:
+        """Address of a vring's record in this process."""
+        return int(self._address + self._split + index * layout.VRING.itemsize)
+
+    def raise_attention(self, worker: int) -> None:
+        """Make a worker's kernel return to its commands; call it after the command was sent."""
+        self.workers["attention"][worker] += 1
+
+    def counters(self, index: int) -> VringCounters:
+        """A copy of one vring's counters."""
+        record = self.vrings[index]
+        return VringCounters(*(int(record[name]) for name in VringCounters.__dataclass_fields__))

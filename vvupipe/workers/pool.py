@@ -1,0 +1,256 @@
+"""The workers of one back-end: vring i belongs to worker i modulo their number.
+
+The pool remembers the memory table and every started vring, so that a worker that dies is replaced by one that goes on
+where it stopped. Workers start when their first vring does; the first one at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from vvupipe.errors import WorkerError
+from vvupipe.memory.doorbell import Doorbell
+from vvupipe.memory.region import MemoryRegion, close_regions
+from vvupipe.workers import commands
+from vvupipe.workers.control_block import ControlBlock
+from vvupipe.workers.vring_setup import VringSetup
+from vvupipe.workers.worker_handle import OPEN_TIMEOUT_S, WorkerDied, WorkerHandle
+
+log = logging.getLogger(__name__)
+
+_DEATHS_MAX = 5  # deaths of one worker within the window below: something is wrong that a new one cannot mend
+_DEATHS_WINDOW_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceWorker:
+    """How a device's workers are started: the module they run, and what its `DeviceKernel.open` is given.
+
+    The fds stay the device's; each worker gets copies.
+    """
+
+    module: str
+    fields: commands.Fields
+    fds: tuple[int, ...]
+
+
+class _Slot:
+    """One worker's place: the process now in it, and what was asked of those before."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.handle: WorkerHandle | None = None
+        self.vrings: dict[int, VringSetup] = {}
+        self.deaths: deque[float] = deque(maxlen=_DEATHS_MAX)
+        self.ready = asyncio.Lock()
+        self.watcher: asyncio.Task[None] | None = None
+
+
+class WorkerPool:
+    """Coordinator side of the workers. All methods belong to the coordinator's event loop."""
+
+    def __init__(self, device: DeviceWorker, cpus: Sequence[int], num_vrings: int, spin_max_ns: int) -> None:
+        self._device = device
+        self._cpus = list(cpus)
+        self._spin_max_ns = spin_max_ns
+        self._slots = [_Slot(index) for index in range(max(1, min(len(self._cpus), num_vrings)))]
+        self.block = ControlBlock(len(self._slots), num_vrings)
+        self.num_vrings = num_vrings
+        self._regions: list[MemoryRegion] = []
+        self._closing = False
+        self.failed: asyncio.Future[WorkerError] = asyncio.get_running_loop().create_future()
+
+    @property
+    def num_workers(self) -> int:
+        """Workers at most; each is started when it is first needed."""
+        return len(self._slots)
+
+    @property
+    def cpus(self) -> list[int]:
+        """The CPU of each worker."""
+        return [self._cpus[slot.index % len(self._cpus)] for slot in self._slots]
+
+    def pids(self) -> list[int]:
+        """Process ids of the workers that run now."""
+        return [slot.handle.pid for slot in self._slots if slot.handle]
+
+    async def start(self) -> None:
+        """Start the first worker, which compiles the kernels if nobody did. Raises: WorkerError."""
+        await self._worker(self._slots[0])
+
+    async def close(self) -> None:
+        """End every worker and forget the memory."""
+        self._closing = True
+        for slot in self._slots:
+            if slot.watcher:
+                slot.watcher.cancel()
+        await asyncio.gather(*(slot.handle.end() for slot in self._slots if slot.handle))
+        for slot in self._slots:
+            slot.handle = None
+            for setup in slot.vrings.values():
+                setup.close()
+            slot.vrings.clear()
+        close_regions(self._regions)
+
+    async def set_memory(self, regions: list[MemoryRegion]) -> None:
+        """Give all workers a new memory table; the pool owns `regions` from here on. Raises: WorkerError."""
+        old, self._regions = self._regions, regions
+        close_regions(old)
+        await self._to_all(self._memory_command())
+
+    async def start_vring(self, setup: VringSetup) -> int:
+        """Serve a vring; the pool owns `setup` from here on. Returns the available index it starts at.
+
+        Raises: WorkerError when its addresses are bad.
+        """
+        slot = self._slot(setup.index)
+        self._forget(slot, setup.index)
+        slot.vrings[setup.index] = setup
+        try:
+            answer = await self._command(slot, *_start_command(setup))
+        except WorkerError:
+            self._forget(slot, setup.index)
+            raise
+        return int(answer["last_avail_idx"])
+
+    async def stop_vring(self, index: int) -> int:
+        """Stop a vring, after the request that its worker is at. Returns last_avail_idx."""
+        slot = self._slot(index)
+        answer = await self._command(slot, {"op": "stop", "index": index})
+        self._forget(slot, index)
+        return int(answer["last_avail_idx"])
+
+    async def replace_doorbell(self, index: int, which: str, doorbell: Doorbell | None) -> None:
+        """Change the `call` or `err` doorbell of a running vring; the pool owns it from here on."""
+        slot = self._slot(index)
+        setup = slot.vrings[index]
+        old: Doorbell | None = getattr(setup, which)
+        setattr(setup, which, doorbell)
+        if old:
+            old.close()
+        await self._command(
+            slot,
+            {"op": "eventfd", "index": index, "which": f"{which}_fd"},
+            [doorbell.fd] if doorbell else [],
+        )
+
+    async def device_command(self, fields: commands.Fields) -> None:
+        """Send a command of the device's own to every worker that runs."""
+        await self._to_all(({"op": "device", "command": fields}, []))
+
+    def _slot(self, vring: int) -> _Slot:
+        return self._slots[vring % len(self._slots)]
+
+    @staticmethod
+    def _forget(slot: _Slot, index: int) -> None:
+        setup = slot.vrings.pop(index, None)
+        if setup:
+            setup.close()
+
+    def _memory_command(self) -> tuple[commands.Fields, list[int]]:
+        rows = [(region.gpa, region.size_bytes, region.uva, region.fd_offset) for region in self._regions]
+        return {"op": "memory", "regions": rows}, [region.fd for region in self._regions]
+
+    async def _to_all(self, command: tuple[commands.Fields, list[int]]) -> None:
+        running = [slot for slot in self._slots if slot.handle]
+        await asyncio.gather(*(self._command(slot, *command) for slot in running))
+
+    async def _command(self, slot: _Slot, fields: commands.Fields, fds: Sequence[int] = ()) -> commands.Fields:
+        while True:
+            handle = await self._worker(slot)
+            try:
+                return await handle.command(fields, fds)
+            except WorkerDied:
+                await handle.wait()
+                await asyncio.sleep(0)
+
+    async def _worker(self, slot: _Slot) -> WorkerHandle:
+        """The slot's worker, started and brought up to date when there is none."""
+        async with slot.ready:
+            if slot.handle:
+                return slot.handle
+            if self._closing:
+                raise WorkerError("the back-end is closing")
+            while True:
+                handle = await WorkerHandle.spawn(
+                    self._device.module, partial(self.block.raise_attention, slot.index)
+                )
+                try:
+                    await self._bring_up(slot, handle)
+                    break
+                except WorkerDied:
+                    await handle.end()
+                    self._note_death(slot)
+                except WorkerError:
+                    await handle.end()
+                    raise
+            slot.handle = handle
+            slot.watcher = asyncio.create_task(self._watch(slot, handle))
+            return handle
+
+    async def _bring_up(self, slot: _Slot, handle: WorkerHandle) -> None:
+        opening = {
+            "op": "open",
+            "worker": slot.index,
+            "num_workers": len(self._slots),
+            "num_vrings": self.num_vrings,
+            "cpus": [self._cpus[slot.index % len(self._cpus)]],
+            "spin_max_ns": self._spin_max_ns,
+            "device": self._device.fields,
+        }
+        await handle.command(opening, [self.block.fd, *self._device.fds], OPEN_TIMEOUT_S)
+        if self._regions:
+            await handle.command(*self._memory_command())
+        for setup in list(slot.vrings.values()):
+            try:
+                await handle.command(*_start_command(setup))
+            except WorkerDied:
+                raise
+            except WorkerError as error:
+                log.warning("vring %d could not be given to the new worker: %s", setup.index, error)
+
+    async def _watch(self, slot: _Slot, handle: WorkerHandle) -> None:
+        """Replace the worker when it dies."""
+        code = await handle.wait()
+        handle.release()
+        slot.handle = None
+        if self._closing:
+            return
+        log.warning(
+            "worker %d (process %d) %s; its %d vrings go to a new one",
+            slot.index,
+            handle.pid,
+            f"was killed by signal {-code}" if code < 0 else f"ended with status {code}",
+            len(slot.vrings),
+        )
+        try:
+            self._note_death(slot)
+            await self._worker(slot)
+        except WorkerError as error:
+            if not self.failed.done():
+                self.failed.set_result(error)
+
+    def _note_death(self, slot: _Slot) -> None:
+        slot.deaths.append(time.monotonic())
+        if len(slot.deaths) == _DEATHS_MAX and slot.deaths[-1] - slot.deaths[0] < _DEATHS_WINDOW_S:
+            error = WorkerError(f"worker {slot.index} died {_DEATHS_MAX} times within {_DEATHS_WINDOW_S:.0f} s")
+            if not self.failed.done():
+                self.failed.set_result(error)
+            raise error
+
+
+def _start_command(setup: VringSetup) -> tuple[commands.Fields, list[int]]:
+    fds = [setup.kick_fd] if setup.kick_fd >= 0 else []
+    fds += [doorbell.fd for doorbell in (setup.call, setup.err) if doorbell]
+    given = {
+        "kick_fd": setup.kick_fd >= 0,
+        "call_fd": setup.call is not None,
+        "err_fd": setup.err is not None,
+    }
+    return {"op": "start", **setup.fields(), **given}, fds

@@ -1,0 +1,256 @@
+"""A worker process: it maps what the coordinator hands it and serves vrings in a kernel until a command waits.
+
+One thread, which is either in the kernel or executing a command. A device's worker module makes a `DeviceKernel` and
+calls `main`; this module knows nothing of the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels import blk_worker, bus_error, split_ring
+from kernels import control_block as layout
+from kernels.chain import SEGMENTS_MAX
+from kernels.ring_record import RING
+from kernels.status import ERR_RING_ADDRESS, OK, TEXT
+from vvupipe.errors import WorkerError
+from vvupipe.memory.mapping import Mapping
+from vvupipe.workers import commands
+from vvupipe.workers.control_block import ControlBlock
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_SA_SIGINFO = 4  # sigaction(2)
+
+
+class DeviceKernel(Protocol):
+    """The device's part of a worker."""
+
+    def open(self, fields: commands.Fields, fds: list[int], worker_address: int) -> None:
+        """Take over the device's own fds and numbers. Raises: OSError, ValueError."""
+
+    def serve(
+        self,
+        loop: npt.NDArray[np.void],
+        rings: npt.NDArray[np.void],
+        pollfds: npt.NDArray[np.void],
+        regions: npt.NDArray[np.uint64],
+        segments: npt.NDArray[np.uint64],
+    ) -> None:
+        """Run the device's kernel until a command waits."""
+
+    def command(self, fields: commands.Fields) -> None:
+        """A command of the device's own. Raises: WorkerError when it is unknown."""
+
+
+class _SigAction(ctypes.Structure):
+    """glibc's struct sigaction."""
+
+    _fields_ = [
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_ulong * 16),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    ]
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill us when the coordinator dies, however it dies."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        sys.exit(1)
+
+
+class Worker:
+    """State of one worker; `run` returns when the coordinator closes the command socket."""
+
+    def __init__(self, sock: socket.socket, device: DeviceKernel) -> None:
+        self._sock = sock
+        self._device = device
+        self._mappings: list[Mapping] = []
+        self._regions: npt.NDArray[np.uint64] = np.zeros((0, 4), np.uint64)
+        self._addresses: dict[int, tuple[int, int, int]] = {}
+        self._segments = np.zeros((SEGMENTS_MAX, 2), np.uint64)
+        self._scratch = np.zeros(8, np.uint64)
+        self._one = np.ones(1, np.uint64)
+        self._loop = np.zeros(1, blk_worker.LOOP)
+
+    def run(self) -> None:
+        """Take the `open` command, then serve and execute commands in turn."""
+        while True:
+            first = commands.receive(self._sock)
+            if first is None:
+                return
+            if not self._execute(*first):
+                continue
+            break
+        while True:
+            # The attention word is read before the socket is emptied: a command sent meanwhile raises it again.
+            self._loop["attention_seen"] = self._block.workers["attention"][self._index]
+            if not self._drain_commands():
+                return
+            self._device.serve(self._loop[0], self._rings, self._pollfds, self._regions, self._segments)
+
+    def _drain_commands(self) -> bool:
+        while select.select([self._sock], [], [], 0)[0]:
+            packet = commands.receive(self._sock)
+            if packet is None:
+                return False
+            self._execute(*packet)
+        return True
+
+    def _execute(self, fields: commands.Fields, fds: list[int]) -> bool:
+        answer: commands.Fields = {"id": fields["id"]}
+        try:
+            answer.update(getattr(self, f"_do_{fields['op']}")(fields, fds) or {})
+        except (OSError, ValueError, WorkerError) as error:
+            answer["error"] = str(error)
+        finally:
+            for fd in fds:
+                os.close(fd)
+            fds.clear()
+        commands.send(self._sock, answer)
+        return "error" not in answer
+
+    def _do_open(self, fields: commands.Fields, fds: list[int]) -> None:
+        self._index = int(fields["worker"])
+        os.sched_setaffinity(0, fields["cpus"])
+        num_vrings = int(fields["num_vrings"])
+        self._block = ControlBlock(int(fields["num_workers"]), num_vrings, fds.pop(0))
+        address = self._block.worker_address(self._index)
+        self._install_bus_error_handler(address)
+        self._rings = np.zeros(num_vrings, RING)
+        for name in ("kick_fd", "call_fd", "err_fd"):
+            self._rings[name] = -1
+        self._rings["index"] = np.arange(num_vrings)
+        self._rings["record"] = [self._block.vring_address(k) for k in range(num_vrings)]
+        self._pollfds = np.zeros(num_vrings + 1, blk_worker.POLLFD)
+        self._pollfds["events"] = blk_worker.POLLIN
+        self._pollfds["fd"] = -1
+        self._pollfds["fd"][0] = self._sock.fileno()
+        loop = self._loop[0]
+        loop["record"] = address
+        loop["scratch"] = self._scratch.ctypes.data
+        loop["one"] = self._one.ctypes.data
+        loop["spin_max_ns"] = loop["spin_ns"] = int(fields["spin_max_ns"])
+        loop["bus_errors_seen"] = self._block.workers["bus_errors"][self._index]
+        self._device.open(fields["device"], fds, address)
+        # Compile, or load from the cache, now rather than at the first request: one turn with nothing to do.
+        self._loop["attention_seen"] = self._block.workers["attention"][self._index] - np.uint32(1)
+        self._device.serve(self._loop[0], self._rings, self._pollfds, self._regions, self._segments)
+
+    def _install_bus_error_handler(self, worker_address: int) -> None:
+        self._handler = bus_error.make_handler(worker_address)
+        action = _SigAction(handler=self._handler.address, flags=_SA_SIGINFO)
+        if ctypes.CDLL(None, use_errno=True).sigaction(bus_error.SIGBUS, ctypes.byref(action), None):
+            raise OSError(ctypes.get_errno(), "no handler for SIGBUS")
+
+    def _do_memory(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Replace the memory table; rings that run go on at their new addresses."""
+        old, self._mappings = self._mappings, []
+        rows = []
+        try:
+            for (gpa, size_bytes, uva, fd_offset), fd in zip(fields["regions"], fds, strict=True):
+                mapping = Mapping(fd, size_bytes, fd_offset)
+                self._mappings.append(mapping)
+                rows.append((gpa, size_bytes, mapping.address, uva))
+        except (OSError, ValueError) as error:
+            for mapping in self._mappings:
+                mapping.close()
+            self._mappings = old
+            raise WorkerError(f"cannot map the front-end's memory: {error}") from error
+        self._regions = np.array(rows, np.uint64).reshape(-1, 4)
+        for index in np.flatnonzero(self._rings["state"] == layout.VRING_RUNNING):
+            self._place(int(index))
+        for mapping in old:
+            mapping.close()
+
+    def _place(self, index: int) -> int:
+        ring = self._rings[index]
+        status = split_ring.place_ring(ring, self._regions, *(np.uint64(part) for part in self._addresses[index]))
+        if status != OK:
+            ring["error"] = status
+            split_ring.set_state(ring, layout.VRING_BROKEN)
+            if ring["err_fd"] >= 0:
+                os.eventfd_write(int(ring["err_fd"]), 1)
+        return int(status)
+
+    def _do_start(self, fields: commands.Fields, fds: list[int]) -> commands.Fields:
+        index = int(fields["index"])
+        ring = self._rings[index]
+        self._close_fds(index)
+        for name in ("kick_fd", "call_fd", "err_fd"):
+            ring[name] = fds.pop(0) if fields[name] else -1
+        if ring["kick_fd"] >= 0:
+            os.set_blocking(int(ring["kick_fd"]), False)
+        for name in ("size", "event_idx", "indirect", "write_through"):
+            ring[name] = int(fields[name])
+        record = self._block.vrings[index]
+        for name in ("requests", "errors", "read_bytes", "written_bytes", "flushes", "kicks", "calls"):
+            ring[name] = record[name]
+        ring["error"] = 0
+        self._addresses[index] = (fields["desc_uva"], fields["avail_uva"], fields["used_uva"])
+        status = self._place(index)
+        if status != OK:
+            raise WorkerError(f"vring {index}: {TEXT.get(status, TEXT[ERR_RING_ADDRESS])}")
+        # Requests complete in order, so the used ring says where the last one who served it had got to; a base that
+        # differs comes from a back-end that was killed, and what it left undone is done again.
+        used_idx = split_ring.read_used_idx(ring)
+        ring["used_idx"] = ring["last_avail_idx"] = ring["signalled_idx"] = used_idx
+        ring["signalled_valid"] = 0
+        split_ring.publish(ring)
+        split_ring.set_state(ring, layout.VRING_RUNNING)
+        return {"last_avail_idx": int(used_idx)}
+
+    def _do_stop(self, fields: commands.Fields, fds: list[int]) -> commands.Fields:
+        index = int(fields["index"])
+        ring = self._rings[index]
+        if ring["state"] == layout.VRING_RUNNING:
+            split_ring.want_kicks(ring)
+        split_ring.set_state(ring, layout.VRING_STOPPED)
+        self._close_fds(index)
+        return {"last_avail_idx": int(ring["last_avail_idx"])}
+
+    def _do_eventfd(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Replace one of a ring's eventfds while it may be running."""
+        ring = self._rings[int(fields["index"])]
+        name = fields["which"]
+        old = int(ring[name])
+        ring[name] = fds.pop(0) if fds else -1
+        if old >= 0:
+            os.close(old)
+        if name == "call_fd":
+            ring["signalled_valid"] = 0  # a call may have gone to the old one, unheard
+
+    def _do_device(self, fields: commands.Fields, fds: list[int]) -> None:
+        self._device.command(fields["command"])
+
+    def _do_ping(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Nothing but the answer."""
+
+    def _close_fds(self, index: int) -> None:
+        ring: Any = self._rings[index]
+        for name in ("kick_fd", "call_fd", "err_fd"):
+            if ring[name] >= 0:
+                os.close(int(ring[name]))
+                ring[name] = -1
+
+
+def main(arguments: list[str], device: DeviceKernel) -> None:
+    """Entry of a device's worker module: `--fd N --parent PID`."""
+    fd, parent = int(arguments[1]), int(arguments[3])
+    die_with_parent(parent)
+    # Ctrl-C reaches the whole foreground group; the coordinator decides when workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Worker(socket.socket(fileno=fd), device).run()
