@@ -209,7 +209,7 @@ class WorkerPool:
             await handle.command(*self._memory_command())
         for setup in list(slot.vrings.values()):
             try:
-                await handle.command(*_start_command(setup))
+                await handle.command(*_start_command(setup, takes_over=True))
             except WorkerDied:
                 raise
             except WorkerError as error:
@@ -245,7 +245,7 @@ class WorkerPool:
             raise error
 
 
-def _start_command(setup: VringSetup) -> tuple[commands.Fields, list[int]]:
+def _start_command(setup: VringSetup, *, takes_over: bool = False) -> tuple[commands.Fields, list[int]]:
     fds = [setup.kick_fd] if setup.kick_fd >= 0 else []
     fds += [doorbell.fd for doorbell in (setup.call, setup.err) if doorbell]
     given = {
@@ -253,4 +253,4 @@ def _start_command(setup: VringSetup) -> tuple[commands.Fields, list[int]]:
         "call_fd": setup.call is not None,
         "err_fd": setup.err is not None,
     }
-    return {"op": "start", **setup.fields(), **given}, fds
+    return {"op": "start", "takes_over": takes_over, **setup.fields(), **given}, fds

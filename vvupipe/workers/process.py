@@ -208,7 +208,8 @@ class Worker:
         # differs comes from a back-end that was killed, and what it left undone is done again.
         used_idx = split_ring.read_used_idx(ring)
         ring["used_idx"] = ring["last_avail_idx"] = ring["signalled_idx"] = used_idx
-        ring["signalled_valid"] = 0
+        # Whoever served it before may have died between the used ring and the call.
+        ring["signalled_valid"] = int(not fields["takes_over"])
         split_ring.publish(ring)
         split_ring.set_state(ring, layout.VRING_RUNNING)
         return {"last_avail_idx": int(used_idx)}

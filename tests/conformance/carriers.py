@@ -1,0 +1,97 @@
+"""Back-ends to run the suite on: the same `vvupipe device block`, on each transport. A new transport is one entry."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+PCI_ADDRESS = "0000:00:10.0"
+
+
+class Backend:
+    """A running `vvupipe device block`; `socket` is where front-ends connect."""
+
+    def __init__(self, process, socket, log_path):
+        self.process, self.socket, self._log_path = process, socket, log_path
+
+    def log(self):
+        return self._log_path.read_text()
+
+    def worker_pids(self):
+        children = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=False
+        ).stdout
+        return [int(line.split()[0]) for line in children.splitlines() if "block.worker" in line]
+
+
+def start(arguments, log_path, environment):
+    """Start a vvupipe command, wait for its first line of JSON, and give (process, that line)."""
+    with open(log_path, "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vvupipe", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            text=True,
+        )
+    line = process.stdout.readline()
+    if not line:
+        process.wait(10)
+        raise AssertionError(f"{arguments} ended with {process.returncode}: {log_path.read_text()}")
+    return process, json.loads(line)
+
+
+def stop(process):
+    """End a process as its user would; it must do so by itself."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(20)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.stdout.close()
+
+
+@contextlib.contextmanager
+def on_socket(folder, image, *options):
+    socket = folder / "blk.sock"
+    process, _ = start(
+        ["device", "block", "--file", image, "--socket", socket, "--json", "-v", *options],
+        folder / "backend.log",
+        dict(os.environ),
+    )
+    try:
+        yield Backend(process, socket, folder / "backend.log")
+    finally:
+        stop(process)
+    assert not socket.exists()
+
+
+@contextlib.contextmanager
+def on_vvu(folder, image, *options):
+    socket = folder / "vvu.sock"
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
+    vm, _ = start(
+        ["run", "--vvu-proxy", f"{socket},addr={PCI_ADDRESS}", "--name", "dev", "--json", "-v"],
+        folder / "vm.log",
+        environment,
+    )
+    try:
+        process, _ = start(
+            ["device", "block", "--file", image, "--vfio", PCI_ADDRESS, "--vm", "dev", "--json", "-v", *options],
+            folder / "backend.log",
+            environment,
+        )
+        try:
+            yield Backend(process, socket, folder / "backend.log")
+        finally:
+            stop(process)
+    finally:
+        stop(vm)
+    assert not socket.exists()
+
+
+CARRIERS = {"socket": on_socket, "vvu": on_vvu}

@@ -1,0 +1,127 @@
+"""A vhost-user front-end in plain Python: its own encoding (struct), blocking, able to say anything."""
+
+import array
+import socket
+import struct
+import time
+
+HEADER = struct.Struct("=III")
+REPLY, NEED_REPLY = 4, 8
+
+GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 1, 2, 3, 5
+SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
+SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR = 12, 13, 14
+GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM = 15, 16, 17
+SET_VRING_ENABLE, GET_CONFIG, SET_CONFIG = 18, 24, 25
+MQ, REPLY_ACK, CONFIG = 1 << 0, 1 << 3, 1 << 9
+F_PROTOCOL_FEATURES, F_EVENT_IDX, F_INDIRECT, F_VERSION_1 = 1 << 30, 1 << 29, 1 << 28, 1 << 32
+F_BLK_RO, F_BLK_FLUSH, F_BLK_MQ = 1 << 5, 1 << 9, 1 << 12
+
+
+class Refused(Exception):
+    """The back-end answered REPLY_ACK with something other than zero."""
+
+
+class Frontend:
+    def __init__(self, path, timeout_s=20):
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.settimeout(timeout_s)
+            try:
+                self.sock.connect(str(path))
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                self.sock.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+        self.acks = False
+
+    def close(self):
+        self.sock.close()
+
+    def send(self, request, payload=b"", fds=(), flags=1):
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self.sock.sendmsg([HEADER.pack(request, flags, len(payload)) + payload], ancillary)
+
+    def _exactly(self, count):
+        data = b""
+        while len(data) < count:
+            chunk = self.sock.recv(count - len(data))
+            if not chunk:
+                raise ConnectionResetError("the back-end closed the connection")
+            data += chunk
+        return data
+
+    def receive(self):
+        request, flags, size = HEADER.unpack(self._exactly(HEADER.size))
+        return request, flags, self._exactly(size)
+
+    def ask(self, request, payload=b"", fds=()):
+        """A request that has an answer of its own."""
+        self.send(request, payload, fds)
+        answered, flags, body = self.receive()
+        assert (answered, flags) == (request, 1 | REPLY)
+        return body
+
+    def ask_u64(self, request, payload=b""):
+        (value,) = struct.unpack("=Q", self.ask(request, payload))
+        return value
+
+    def tell(self, request, payload=b"", fds=()):
+        """A request without an answer; with REPLY_ACK its success is checked."""
+        if not self.acks:
+            self.send(request, payload, fds)
+            return
+        self.send(request, payload, fds, 1 | NEED_REPLY)
+        answered, flags, body = self.receive()
+        assert (answered, flags & 3) == (request, 1)
+        assert flags & REPLY
+        if struct.unpack("=Q", body) != (0,):
+            raise Refused(request)
+
+    def negotiate(self, features=None, protocol=MQ | REPLY_ACK | CONFIG):
+        offered = self.ask_u64(GET_FEATURES)
+        assert offered & F_PROTOCOL_FEATURES
+        offered_protocol = self.ask_u64(GET_PROTOCOL_FEATURES)
+        self.tell(SET_PROTOCOL_FEATURES, struct.pack("=Q", protocol & offered_protocol))
+        self.acks = bool(protocol & offered_protocol & REPLY_ACK)
+        self.tell(SET_OWNER)
+        wanted = offered if features is None else features
+        self.tell(SET_FEATURES, struct.pack("=Q", wanted))
+        return offered, offered_protocol
+
+    def set_memory(self, memory):
+        body = struct.pack("=II", len(memory.regions), 0)
+        for gpa, size_bytes, uva, _, fd_offset in memory.regions:
+            body += struct.pack("=QQQQ", gpa, size_bytes, uva, fd_offset)
+        self.tell(SET_MEM_TABLE, body, [region[3] for region in memory.regions])
+
+    def set_addresses(self, index, ring):
+        to_uva = ring.memory.to_uva
+        parts = (to_uva(ring.desc), to_uva(ring.used), to_uva(ring.avail))
+        self.tell(SET_VRING_ADDR, struct.pack("=IIQQQQ", index, 0, *parts, 0))
+
+    def start_vring(self, index, ring, base=0, enable=True):
+        self.tell(SET_VRING_NUM, struct.pack("=II", index, ring.size))
+        self.set_addresses(index, ring)
+        self.tell(SET_VRING_BASE, struct.pack("=II", index, base))
+        self.tell(SET_VRING_ERR, struct.pack("=Q", index), [ring.err_fd])
+        self.tell(SET_VRING_CALL, struct.pack("=Q", index), [ring.call_fd])
+        self.tell(SET_VRING_KICK, struct.pack("=Q", index), [ring.kick_fd])
+        if enable:
+            self.enable(index, 1)
+
+    def enable(self, index, on):
+        self.tell(SET_VRING_ENABLE, struct.pack("=II", index, on))
+
+    def stop_vring(self, index):
+        """GET_VRING_BASE; returns the base."""
+        got, base = struct.unpack("=II", self.ask(GET_VRING_BASE, struct.pack("=II", index, 0)))
+        assert got == index
+        return base
+
+    def get_config(self, offset, size):
+        body = self.ask(GET_CONFIG, struct.pack("=III", offset, size, 0) + bytes(size))
+        return body[12:]
