@@ -111,6 +111,7 @@ class WorkerPool:
         """
         slot = self._slot(setup.index)
         self._forget(slot, setup.index)
+        await self._worker(slot)  # before the setup is remembered, or a new worker would be given it twice
         slot.vrings[setup.index] = setup
         try:
             answer = await self._command(slot, *_start_command(setup))

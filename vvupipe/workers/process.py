@@ -120,7 +120,10 @@ class Worker:
             for fd in fds:
                 os.close(fd)
             fds.clear()
-        commands.send(self._sock, answer)
+        try:
+            commands.send(self._sock, answer)
+        except OSError:
+            sys.exit(0)  # the coordinator has gone; nobody waits for the answer
         return "error" not in answer
 
     def _do_open(self, fields: commands.Fields, fds: list[int]) -> None:
@@ -189,6 +192,8 @@ class Worker:
     def _do_start(self, fields: commands.Fields, fds: list[int]) -> commands.Fields:
         index = int(fields["index"])
         ring = self._rings[index]
+        if ring["state"] == layout.VRING_RUNNING:
+            return {"last_avail_idx": int(ring["last_avail_idx"])}  # given to us already when we took over
         self._close_fds(index)
         for name in ("kick_fd", "call_fd", "err_fd"):
             ring[name] = fds.pop(0) if fields[name] else -1

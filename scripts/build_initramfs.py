@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""Build an initramfs for trying virtual disks: the distribution's kernel modules, busybox and a script.
+
+The guest mounts proc, sys and dev, loads the modules in the order that modules.dep asks for, runs its script (or a
+shell on the console), says how that ended and powers off. Nothing of the host but the kernel package and
+busybox-static is needed, and only Python's standard library: tests import this file as a module.
+
+Lines that the guest prints for whoever watches its console:
+
+    vvupipe-guest: ready SECONDS    modules are loaded, the script starts (SECONDS since the kernel started)
+    vvupipe-guest: exit N           the script ended with status N; the guest powers off
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import gzip
+import lzma
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_MODULES = ("virtio_pci", "virtio_blk", "ext4")
+WELCOME_MODULES = ("pvpanic-mmio",)  #: loaded too where the kernel has them: a panic is then told to the hypervisor
+MARKER = "vvupipe-guest:"
+SCRIPT_PARAMETER = "vvupipe.script"  #: kernel parameter that holds a script in base64; the dot keeps it from init
+_KERNEL_PACKAGES = "linux-image-amd64"
+_BUSYBOX_PACKAGE = "busybox-static"
+
+
+class MissingPart(Exception):
+    """Something the initramfs is made of is not installed. The message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An installed kernel: its version, its image and its folder of modules."""
+
+    version: str
+    image: Path
+    modules: Path
+
+
+def _version_key(version: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|[a-z]+", version)]
+
+
+def installed_kernels(boot: Path = Path("/boot"), modules: Path = Path("/lib/modules")) -> list[Kernel]:
+    """Kernels that can be read and have modules, the newest first."""
+    found = []
+    for image in boot.glob("vmlinuz-*"):
+        version = image.name.removeprefix("vmlinuz-")
+        folder = modules / version
+        if os.access(image, os.R_OK) and (folder / "modules.dep").is_file():
+            found.append(Kernel(version, image, folder))
+    return sorted(found, key=lambda kernel: _version_key(kernel.version), reverse=True)
+
+
+def newest_kernel(boot: Path = Path("/boot"), modules: Path = Path("/lib/modules")) -> Kernel:
+    """The newest kernel that has modules. Raises: MissingPart."""
+    kernels = installed_kernels(boot, modules)
+    if kernels:
+        return kernels[0]
+    unreadable = [str(path) for path in boot.glob("vmlinuz-*") if not os.access(path, os.R_OK)]
+    if unreadable:
+        raise MissingPart(f"{unreadable[0]} cannot be read by this user: copy it or ask for read permission")
+    raise MissingPart(f"no kernel with modules in {boot} and {modules}: install the package {_KERNEL_PACKAGES}")
+
+
+class ModuleTree:
+    """The modules of one kernel and what each needs (depmod's modules.dep, modules.softdep, modules.alias)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, str] = {}
+        self._needs: dict[str, list[str]] = {}
+        for line in self._lines("modules.dep"):
+            path, _, needs = line.partition(":")
+            self._files[_module_name(path)] = path
+            self._needs[_module_name(path)] = [_module_name(need) for need in needs.split()]
+        self._builtin = {_module_name(line) for line in self._lines("modules.builtin")}
+        self._before: dict[str, list[str]] = {}
+        for line in self._lines("modules.softdep"):
+            words = line.split()
+            if words[:1] == ["softdep"] and "pre:" in words:
+                rest = words[words.index("pre:") + 1 :]
+                end = rest.index("post:") if "post:" in rest else len(rest)
+                self._before.setdefault(_module_name(words[1]), []).extend(rest[:end])
+        self._aliases: dict[str, list[str]] = {}
+        for line in self._lines("modules.alias"):
+            words = line.split()
+            if words[:1] == ["alias"]:
+                self._aliases.setdefault(_module_name(words[1]), []).append(_module_name(words[2]))
+
+    def _lines(self, name: str) -> list[str]:
+        path = self._folder / name
+        return path.read_text().splitlines() if path.is_file() else []
+
+    def load_order(self, names: Iterable[str], welcome: Iterable[str] = ()) -> list[tuple[str, bool]]:
+        """(path below the modules' folder, required) of every module to load, what is needed first.
+
+        Not required are those of `welcome`, and what only a soft dependency asks for: it may not fit the guest's CPU.
+        Raises: MissingPart for a name that is neither a module nor built in.
+        """
+        order: dict[str, bool] = {}
+
+        def visit(name: str, required: bool, above: tuple[str, ...]) -> None:
+            if name in above:
+                return  # soft dependencies may form a circle
+            for wish in self._before.get(name, []):
+                wished = _module_name(wish)
+                for candidate in [wished] if wished in self._files else self._aliases.get(wished, []):
+                    visit(candidate, False, (*above, name))
+            for need in self._needs[name]:
+                visit(need, required, (*above, name))
+            order[name] = order.get(name, False) or required
+
+        for name in map(_module_name, names):
+            if name in self._files:
+                visit(name, True, ())
+            elif name not in self._builtin:
+                raise MissingPart(f"no module {name} in {self._folder}")
+        for name in map(_module_name, welcome):
+            if name in self._files:
+                visit(name, False, ())
+        return [(self._files[name], required) for name, required in order.items()]
+
+    def read(self, path: str) -> bytes:
+        """The module's bytes, unpacked: busybox's insmod may know no compression."""
+        data = (self._folder / path).read_bytes()
+        if path.endswith(".xz"):
+            return lzma.decompress(data)
+        if path.endswith(".gz"):
+            return gzip.decompress(data)
+        if path.endswith(".zst"):
+            if not shutil.which("zstd"):
+                raise MissingPart(f"{path} is compressed with zstd: install the package zstd")
+            return subprocess.run(["zstd", "-dcq"], input=data, stdout=subprocess.PIPE, check=True).stdout
+        return data
+
+
+def _module_name(path: str) -> str:
+    return re.sub(r"\.ko(\.\w+)?$", "", path.rsplit("/", 1)[-1]).replace("-", "_")
+
+
+class Archive:
+    """A cpio archive of the "newc" form (Linux Documentation/driver-api/early-userspace/buffer-format.rst)."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._count = 0
+        self._folders: set[str] = set()
+
+    def _entry(self, name: str, mode: int, content: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
+        self._count += 1
+        encoded = name.encode() + b"\0"
+        fields = [self._count, mode, 0, 0, 1, 0, len(content), 0, 0, *device, len(encoded), 0]
+        self._data += b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
+        self._pad()
+        self._data += content
+        self._pad()
+
+    def _pad(self) -> None:
+        self._data += bytes(-len(self._data) % 4)
+
+    def folder(self, name: str) -> None:
+        """Add a folder and those above it; harmless when it is there."""
+        parts = name.strip("/").split("/")
+        for depth in range(1, len(parts) + 1):
+            path = "/".join(parts[:depth])
+            if path and path not in self._folders:
+                self._folders.add(path)
+                self._entry(path, stat.S_IFDIR | 0o755)
+
+    def file(self, name: str, content: bytes, mode: int = 0o644) -> None:
+        """Add a file, with the folders above it."""
+        self.folder(os.path.dirname(name.strip("/")))
+        self._entry(name.strip("/"), stat.S_IFREG | mode, content)
+
+    def character_device(self, name: str, major: int, minor: int) -> None:
+        """Add a character device."""
+        self.folder(os.path.dirname(name.strip("/")))
+        self._entry(name.strip("/"), stat.S_IFCHR | 0o600, device=(major, minor))
+
+    def packed(self) -> bytes:
+        """The archive, ended and compressed. The kernel unpacks several such, one after another."""
+        whole = Archive()
+        whole._data = bytearray(self._data)
+        whole._count = self._count
+        whole._entry("TRAILER!!!", 0)
+        return gzip.compress(bytes(whole._data), compresslevel=6, mtime=0)
+
+
+_INIT = f"""#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev /tmp /mnt /bin /sbin
+/bin/busybox --install -s /bin
+export PATH=/bin:/sbin HOME=/ TERM=${{TERM:-linux}}
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+# Kernel messages in the middle of a marker line would hide it; warnings still get through.
+dmesg -n 4
+
+finish() {{
+    echo "{MARKER} exit $1"
+    sync
+    poweroff -f
+}}
+
+while read -r need path; do
+    if ! insmod "/modules/$path" 2>/tmp/insmod && [ "$need" = required ]; then
+        echo "{MARKER} cannot load $path: $(cat /tmp/insmod)"
+        finish 125
+    fi
+done </etc/guest/modules
+
+for word in $(cat /proc/cmdline); do
+    case "$word" in
+    {SCRIPT_PARAMETER}=*)
+        echo "${{word#*=}}" | base64 -d >/etc/guest/script
+        ;;
+    esac
+done
+
+read -r seconds rest </proc/uptime
+echo "{MARKER} ready $seconds"
+if [ -e /etc/guest/script ]; then
+    sh /etc/guest/script
+else
+    echo "A shell; 'exit' or Ctrl-D powers off. /dev/vda is the first virtual disk."
+    setsid cttyhack sh
+fi
+finish $?
+"""
+
+
+def find_busybox() -> Path:
+    """The static busybox. Raises: MissingPart when there is none, or only one that needs shared libraries."""
+    found = shutil.which("busybox", path=os.environ.get("PATH", "") + ":/bin:/usr/bin")
+    if not found:
+        raise MissingPart(f"busybox is not installed: install the package {_BUSYBOX_PACKAGE}")
+    path = Path(found).resolve()
+    if b"/ld-linux" in path.read_bytes()[:4096]:
+        raise MissingPart(f"{path} needs shared libraries: install the package {_BUSYBOX_PACKAGE}")
+    return path
+
+
+def build(kernel: Kernel, modules: Iterable[str] = DEFAULT_MODULES, script: str | None = None) -> bytes:
+    """The initramfs for `kernel`: loads `modules`, runs `script` (None: a shell on the console), powers off.
+
+    Raises: MissingPart.
+    """
+    tree = ModuleTree(kernel.modules)
+    archive = Archive()
+    archive.character_device("dev/console", 5, 1)
+    archive.file("bin/busybox", find_busybox().read_bytes(), 0o755)
+    archive.file("init", _INIT.encode(), 0o755)
+    lines = []
+    for path, required in tree.load_order(modules, WELCOME_MODULES):
+        name = _module_name(path) + ".ko"
+        archive.file(f"modules/{name}", tree.read(path))
+        lines.append(f"{'required' if required else 'optional'} {name}\n")
+    archive.file("etc/guest/modules", "".join(lines).encode())
+    if script is not None:
+        archive.file("etc/guest/script", script.encode())
+    return archive.packed()
+
+
+def script_overlay(script: str) -> bytes:
+    """An archive that only brings `script`: append it to a built initramfs to give that one something to do."""
+    archive = Archive()
+    archive.file("etc/guest/script", script.encode())
+    return archive.packed()
+
+
+def script_parameter(script: str) -> str:
+    """The kernel parameter that brings a short `script` (x86 Linux cuts its command line after 2047 bytes)."""
+    return f"{SCRIPT_PARAMETER}={base64.b64encode(script.encode()).decode()}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Build an initramfs (kernel modules, busybox, a script).")
+    parser.add_argument("--output", "-o", type=Path, required=True, help="where to write the initramfs")
+    parser.add_argument("--script", type=Path, help="shell script that the guest runs (default: a shell)")
+    parser.add_argument(
+        "--module", action="append", default=[], metavar="NAME", help="one more module to load (may be repeated)"
+    )
+    parser.add_argument("--kernel-version", help="which kernel's modules (default: the newest that has some)")
+    options = parser.parse_args(arguments)
+    try:
+        kernel = newest_kernel()
+        if options.kernel_version:
+            known = {kernel.version: kernel for kernel in installed_kernels()}
+            if options.kernel_version not in known:
+                raise MissingPart(f"no kernel {options.kernel_version}, there is {', '.join(known)}")
+            kernel = known[options.kernel_version]
+        script = options.script.read_text() if options.script else None
+        options.output.write_bytes(build(kernel, [*DEFAULT_MODULES, *options.module], script))
+    except (MissingPart, OSError, UnicodeDecodeError) as error:
+        print(f"build_initramfs: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.output}: for the kernel {kernel.image}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

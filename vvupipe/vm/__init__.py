@@ -1,0 +1,1 @@
+"""Virtual machines: the embedded ones and QEMU."""
