@@ -10,6 +10,8 @@ import click
 
 from vvupipe import __version__
 from vvupipe.cli.device import device
+from vvupipe.cli.lspci import lspci
+from vvupipe.cli.run import run
 from vvupipe.errors import UserError, VvupipeError
 
 _USER_ERROR = 2
@@ -28,7 +30,9 @@ def cli() -> None:
     """
 
 
+cli.add_command(run)
 cli.add_command(device)
+cli.add_command(lspci)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ A mapping carries its length, so that whoever computes an address from it can ch
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -59,12 +60,16 @@ class Mapping:
         self.address = _buffer_address(self.view)
 
     def close(self) -> None:
-        """Unmap. Every view taken from this mapping must be gone; the address is dead from here on."""
+        """Unmap; the address is dead from here on.
+
+        Views taken from `view` keep the memory itself alive until the last of them is gone.
+        """
         if self._mmap is not None:
-            self.view.release()
-            self._mmap.close()
-            self._mmap = None
+            mapped, self._mmap = self._mmap, None
             self.address = 0
+            with contextlib.suppress(BufferError):
+                self.view.release()
+                mapped.close()
 
     def __enter__(self) -> Mapping:
         return self

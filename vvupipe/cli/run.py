@@ -1,0 +1,191 @@
+"""`vvupipe run`: virtual machines, embedded or real."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vvupipe.cli.parameters import CPU_LIST, DURATION, SIZE, check_cpus, json_option, set_up_logging, verbose_option
+from vvupipe.errors import UserError
+
+_DEFAULT_MEM_MIB = 256
+_WORKLOADS = ("randread", "randwrite", "read", "write", "randrw", "rw", "verify")
+
+
+@click.command()
+@click.argument("kernel", required=False, type=click.Path(path_type=Path))
+@click.option("--vvu-proxy", "proxies", multiple=True, metavar="SOCK[,addr=ADDR][,uuid=UUID]",
+              help="Device VM: give it a VVU function whose sibling connects at SOCK.")
+@click.option("--vhost-user-blk", "disks", multiple=True, metavar="SOCK[,num-queues=N]",
+              help="Sibling VM: a virtio-blk disk served by the vhost-user back-end at SOCK.")
+@click.option("--name", help="Name of the VM.  [default: vm0, vm1, ...]")
+@click.option("--mem", type=click.IntRange(16), help="Guest RAM in MiB.  [default: 256; with KERNEL 512]")
+@click.option("--cpus", help="CPUs to pin vCPU processes to, as 0,2-3; with KERNEL the number of vCPUs.")
+@click.option("--timeout", type=DURATION, help="How long to wait for a back-end.  [default: for ever]")
+@click.option("--initrd", type=click.Path(path_type=Path), help="With KERNEL: its initramfs.")
+@click.option("-p", "--params", multiple=True, help="With KERNEL: kernel parameters, may be repeated.")
+@click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", show_default=True,
+              help="With KERNEL: how QEMU runs the guest.")
+@click.option("--qemu", help="With KERNEL: the QEMU binary.  [default: qemu-system-x86_64 of the PATH]")
+@click.option("--workload", type=click.Choice(_WORKLOADS), help="Embedded sibling: what its driver does.")
+@click.option("--bs", type=SIZE, default="4k", show_default=True, help="Workload: bytes per request.")
+@click.option("--iodepth", type=click.IntRange(1, 1024), default=32, show_default=True,
+              help="Workload: requests in flight, for each job.")
+@click.option("--runtime", type=DURATION, help="Workload: how long.  [default: once over --size, random ones 5s]")
+@click.option("--size", type=SIZE, help="Workload: the first bytes of the disk to work on.  [default: all]")
+@click.option("--numjobs", type=click.IntRange(1, 64), default=1, show_default=True,
+              help="Workload: vCPU processes, each with a vring of its own.")
+@click.option("--rwmixread", type=click.IntRange(0, 100), default=50, show_default=True,
+              help="Workload rw and randrw: percentage of reads.")
+@click.option("--copy-out", type=click.Path(path_type=Path), help="Embedded sibling: copy the whole disk to a file.")
+@click.option("--copy-in", type=click.Path(path_type=Path), help="Embedded sibling: copy a file over the whole disk.")
+@click.option("--sha256", is_flag=True, help="Embedded sibling: read the whole disk and print its sha256.")
+@click.option("--queue-size", type=int, default=256, show_default=True, help="Entries of each vring.")
+@json_option
+@verbose_option
+def run(**options: Any) -> int:
+    """Run a virtual machine.
+
+    Without KERNEL it is embedded: pinned processes whose RAM is POSIX shared memory, nothing to install. With KERNEL
+    it is a Linux guest in stock QEMU. --vvu-proxy makes it a device VM, --vhost-user-blk a sibling VM.
+    """
+    set_up_logging(options["verbose"])
+    if options["proxies"] and options["disks"]:
+        raise UserError("one VM is a device VM (--vvu-proxy) or a sibling (--vhost-user-blk), not both")
+    if options["proxies"]:
+        return _run_device_vm(options)
+    if options["disks"]:
+        return _run_sibling(options) if options["kernel"] is None else _run_qemu_sibling(options)
+    raise UserError("say what the VM is for: --vvu-proxy SOCK (device VM) or --vhost-user-blk SOCK (sibling VM)")
+
+
+@dataclass(frozen=True)
+class _SocketOption:
+    """SOCK,key=value,... of a repeated option."""
+
+    path: Path
+    values: dict[str, str]
+
+
+def _parse_socket_option(option: str, text: str, keys: tuple[str, ...]) -> _SocketOption:
+    path, *pairs = text.split(",")
+    values: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key not in keys or not value or key in values:
+            raise UserError(f"{option} {text}: '{pair}' is not one of {', '.join(f'{key}=VALUE' for key in keys)}")
+        values[key] = value
+    if not path:
+        raise UserError(f"{option} {text}: the socket's path is missing")
+    return _SocketOption(Path(path), values)
+
+
+def _cpu_list(text: str | None) -> list[int] | None:
+    return None if text is None else check_cpus(CPU_LIST.convert(text, None, None))
+
+
+def _refuse(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise UserError(f"--{name.replace('_', '-')} {why}")
+
+
+_WORK = ("workload", "bs", "iodepth", "runtime", "size", "numjobs", "rwmixread", "copy_out", "copy_in", "sha256")
+_REAL = ("initrd", "params", "accel", "qemu")
+
+
+def _run_device_vm(options: dict[str, Any]) -> int:
+    from vvupipe.vm.device_vm import DeviceVmOptions, ProxyOptions, run_device_vm
+
+    if options["kernel"] is not None:
+        raise UserError("a device VM with a KERNEL is not there yet: leave KERNEL out for the embedded device VM")
+    _refuse(options, (*_WORK, *_REAL, "timeout", "queue_size"), "does not go with --vvu-proxy")
+    parsed = [_parse_socket_option("--vvu-proxy", text, ("addr", "uuid")) for text in options["proxies"]]
+    proxies = tuple(ProxyOptions(each.path, each.values.get("addr"), each.values.get("uuid")) for each in parsed)
+    return asyncio.run(
+        run_device_vm(
+            DeviceVmOptions(
+                name=options["name"],
+                mem_mib=options["mem"] or _DEFAULT_MEM_MIB,
+                cpus=_cpu_list(options["cpus"]),
+                proxies=proxies,
+                json=options["as_json"],
+            )
+        )
+    )
+
+
+def _one_disk(options: dict[str, Any]) -> Path:
+    if len(options["disks"]) > 1:
+        raise UserError("the embedded sibling has one disk; give a KERNEL for more")
+    return _parse_socket_option("--vhost-user-blk", options["disks"][0], ()).path
+
+
+def _run_sibling(options: dict[str, Any]) -> int:
+    from vvupipe.vm.sibling import SiblingOptions, run_sibling
+
+    _refuse(options, _REAL, "goes with a KERNEL")
+    return asyncio.run(
+        run_sibling(
+            SiblingOptions(
+                socket_path=_one_disk(options),
+                mem_mib=options["mem"] or _DEFAULT_MEM_MIB,
+                cpus=_cpu_list(options["cpus"]),
+                timeout_s=options["timeout"],
+                name=options["name"],
+                json=options["as_json"],
+                workload=options["workload"],
+                bs=options["bs"],
+                iodepth=options["iodepth"],
+                runtime_s=options["runtime"],
+                size=options["size"],
+                numjobs=options["numjobs"],
+                rwmixread=options["rwmixread"],
+                copy_out=options["copy_out"],
+                copy_in=options["copy_in"],
+                sha256=options["sha256"],
+                queue_size=options["queue_size"],
+            )
+        )
+    )
+
+
+def _run_qemu_sibling(options: dict[str, Any]) -> int:
+    from vvupipe.vm.qemu_sibling import QemuSiblingOptions, VhostUserDisk, run_qemu_sibling
+
+    _refuse(options, (*_WORK, "as_json"), "is for the embedded sibling, without KERNEL")
+    cpus = options["cpus"] or "1"
+    if not cpus.isdigit() or int(cpus) < 1:
+        raise UserError(f"--cpus {cpus}: with a KERNEL this is the number of vCPUs")
+    disks = []
+    for text in options["disks"]:
+        parsed = _parse_socket_option("--vhost-user-blk", text, ("num-queues",))
+        queues = parsed.values.get("num-queues")
+        if queues is not None and (not queues.isdigit() or int(queues) < 1):
+            raise UserError(f"--vhost-user-blk {text}: num-queues is a number from 1 on")
+        disks.append(
+            VhostUserDisk(parsed.path, num_queues=int(queues) if queues else None, queue_size=options["queue_size"])
+        )
+    named = {"name": options["name"]} if options["name"] else {}
+    memory = {"mem_mib": options["mem"]} if options["mem"] else {}
+    return asyncio.run(
+        run_qemu_sibling(
+            QemuSiblingOptions(
+                vhost_user_blk=tuple(disks),
+                kernel=options["kernel"],
+                initrd=options["initrd"],
+                params=options["params"],
+                cpus=int(cpus),
+                timeout_s=options["timeout"],
+                accel=options["accel"],
+                qemu=options["qemu"],
+                **named,
+                **memory,
+            )
+        )
+    )
