@@ -1,0 +1,154 @@
+"""Bad input of a user: one clear line on standard error, exit status 2, nothing left behind."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def vvupipe(tmp_path):
+    def run(*arguments, timeout=40):
+        return subprocess.run(
+            [sys.executable, "-m", "vvupipe", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(1 << 20))
+    return path
+
+
+def assert_refused(finished, *words):
+    assert finished.returncode == 2, finished
+    assert finished.stdout == ""
+    (line,) = finished.stderr.splitlines()
+    for word in words:
+        assert word in line
+
+
+def test_no_place_to_serve(vvupipe, image):
+    assert_refused(vvupipe("device", "block", "--file", image), "--socket", "--fd", "--vfio")
+
+
+def test_two_places_to_serve(vvupipe, image):
+    assert_refused(vvupipe("device", "block", "--file", image, "--socket", "/tmp/x", "--fd", 3), "one of")
+
+
+def test_missing_image(vvupipe, tmp_path):
+    assert_refused(vvupipe("device", "block", "--file", tmp_path / "no.img", "--socket", "s"), "no such image")
+    assert not (tmp_path / "s").exists()
+
+
+def test_image_of_odd_size(vvupipe, tmp_path):
+    (tmp_path / "odd.img").write_bytes(bytes(1000))
+    assert_refused(vvupipe("device", "block", "--file", tmp_path / "odd.img", "--socket", "s"), "multiple", "truncate")
+
+
+def test_image_without_permission(vvupipe, image):
+    if os.getuid() == 0:
+        pytest.skip("root may read everything")
+    image.chmod(0)
+    assert_refused(vvupipe("device", "block", "--file", image, "--socket", "s"), "Permission denied")
+
+
+@pytest.mark.parametrize("size", ["3", "1", "65536", "0"])
+def test_queue_size(vvupipe, image, size):
+    finished = vvupipe("device", "block", "--file", image, "--socket", "s", "--queue-size", size)
+    assert_refused(finished, "--queue-size", "power of two")
+
+
+@pytest.mark.parametrize("cpus", ["x", "0-", "4095"])
+def test_cpus(vvupipe, image, cpus):
+    assert_refused(vvupipe("device", "block", "--file", image, "--socket", "s", "--cpus", cpus), "CPU")
+
+
+def test_socket_in_use(vvupipe, image, tmp_path):
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "used.sock"))
+        other.listen()
+        finished = vvupipe("device", "block", "--file", image, "--socket", tmp_path / "used.sock")
+        assert_refused(finished, "in use by another process")
+    assert (tmp_path / "used.sock").exists()
+
+
+def test_socket_in_a_folder_that_does_not_exist(vvupipe, image, tmp_path):
+    finished = vvupipe("device", "block", "--file", image, "--socket", tmp_path / "no" / "s")
+    assert_refused(finished, "cannot listen")
+
+
+def test_socket_path_that_is_a_file(vvupipe, image):
+    assert_refused(vvupipe("device", "block", "--file", image, "--socket", image), "cannot listen", "in use")
+    assert image.stat().st_size == 1 << 20
+
+
+def test_socket_of_a_killed_process_is_taken_over(image, tmp_path):
+    path = tmp_path / "stale.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    command = [sys.executable, "-m", "vvupipe", "device", "block", "--file", image, "--socket", path, "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert '"ready"' in process.stdout.readline()
+    process.terminate()
+    assert process.wait(20) == 0
+    assert not path.exists()
+    process.stdout.close()
+
+
+def test_fd_that_is_no_socket(vvupipe, image):
+    assert_refused(vvupipe("device", "block", "--file", image, "--fd", 0), "not a")
+
+
+@pytest.mark.parametrize("address", ["x", "00:10", "0000:00:10.8", "0000:00:20.0"])
+def test_malformed_address(vvupipe, image, address):
+    assert_refused(vvupipe("device", "block", "--file", image, "--vfio", address), "PCI address")
+
+
+def test_no_such_vm(vvupipe, image):
+    assert_refused(vvupipe("device", "block", "--file", image, "--vfio", "0000:00:10.0", "--vm", "ghost"), "ghost")
+
+
+def test_no_vm_at_all(vvupipe, image):
+    assert_refused(vvupipe("device", "block", "--file", image, "--vfio", "0000:00:10.0"), "0000:00:10.0")
+
+
+@pytest.mark.parametrize("option", ["s,addr", "s,addr=zz", "s,foo=1", ",addr=0000:00:10.0", "s,uuid=1"])
+def test_vvu_proxy_option(vvupipe, option):
+    assert_refused(vvupipe("run", "--vvu-proxy", option))
+
+
+def test_vm_without_a_purpose(vvupipe):
+    assert_refused(vvupipe("run"), "--vvu-proxy", "--vhost-user-blk")
+
+
+def test_back_end_that_does_not_come(vvupipe, tmp_path):
+    started = time.monotonic()
+    finished = vvupipe("run", "--vhost-user-blk", tmp_path / "no.sock", "--timeout", "1s")
+    assert finished.returncode == 2
+    assert "waiting" in finished.stderr.lower()
+    assert time.monotonic() - started < 20
+
+
+def test_workload_options_need_sense(vvupipe, tmp_path):
+    assert_refused(vvupipe("run", "--vhost-user-blk", "s", "--workload", "dance"), "dance")
+    assert_refused(vvupipe("run", "--vhost-user-blk", "s", "--bs", "4x"), "not a size")
+
+
+def test_help_is_quick_and_names_the_commands(vvupipe):
+    finished = vvupipe("--help")
+    assert finished.returncode == 0
+    assert {"run", "device", "lspci"} <= set(finished.stdout.split())

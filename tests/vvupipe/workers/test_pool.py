@@ -1,0 +1,208 @@
+"""Worker processes under the pool: pinned, commanded, replaced, ended."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.mock.blk_driver import BlkDriver
+from tests.mock.driver_ring import DriverRing
+from tests.mock.guest_memory import GuestMemory
+from vvupipe.errors import WorkerError
+from vvupipe.memory.doorbell import Doorbell
+from vvupipe.memory.region import MemoryRegion
+from vvupipe.workers.pool import DeviceWorker, WorkerPool
+from vvupipe.workers.vring_setup import VringSetup
+
+pytestmark = pytest.mark.timeout(120)
+
+
+class Scene:
+    """A pool on an image, and a guest's memory to serve."""
+
+    def __init__(self, image, num_vrings=2):
+        self.fd = os.open(image, os.O_RDWR)
+        fields = {"size_bytes": image.stat().st_size, "read_only": False, "serial": "pool"}
+        worker = DeviceWorker("vvupipe.devices.block.worker", fields, (self.fd,))
+        self.pool = WorkerPool(worker, sorted(os.sched_getaffinity(0)), num_vrings, 50_000)
+        self.memory = GuestMemory()
+
+    async def give_memory(self):
+        regions = [MemoryRegion(gpa, size, uva, os.dup(fd), off) for gpa, size, uva, fd, off in self.memory.regions]
+        await self.pool.set_memory(regions)
+
+    def setup(self, index, ring, **changes):
+        to_uva = self.memory.to_uva
+        setup = VringSetup(
+            index, ring.size, to_uva(ring.desc), to_uva(ring.avail), to_uva(ring.used),
+            event_idx=False, indirect=True, write_through=False, kick_fd=os.dup(ring.kick_fd),
+            call=Doorbell(os.dup(ring.call_fd)), err=Doorbell(os.dup(ring.err_fd)),
+        )  # fmt: skip
+        for name, value in changes.items():
+            setattr(setup, name, value)
+        return setup
+
+    async def close(self):
+        await self.pool.close()
+        self.memory.close()
+        os.close(self.fd)
+
+
+def in_scene(image, story):
+    async def play():
+        scene = Scene(image)
+        try:
+            await story(scene)
+        finally:
+            await scene.close()
+
+    asyncio.run(play())
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(1 << 20))
+    return path
+
+
+async def read(disk, sector):
+    return await asyncio.to_thread(disk.read, sector, 512)
+
+
+def test_workers_start_when_needed_are_pinned_and_end(image):
+    pids = []
+
+    async def story(scene):
+        await scene.pool.start()
+        assert len(scene.pool.pids()) == 1
+        await scene.give_memory()
+        for index in range(2):
+            disk = BlkDriver(DriverRing(scene.memory))
+            await scene.pool.start_vring(scene.setup(index, disk.ring))
+            assert await read(disk, index) == image.read_bytes()[index * 512 : index * 512 + 512]
+        pids.extend(scene.pool.pids())
+        assert len(pids) == scene.pool.num_workers
+        assert [psutil.Process(pid).cpu_affinity() for pid in pids] == [[cpu] for cpu in scene.pool.cpus]
+
+    in_scene(image, story)
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def test_killed_worker_goes_on_where_it_stopped(image):
+    async def story(scene):
+        await scene.give_memory()
+        disk = BlkDriver(DriverRing(scene.memory))
+        await scene.pool.start_vring(scene.setup(0, disk.ring))
+        for round_number in range(3):
+            await read(disk, round_number)
+            (pid,) = scene.pool.pids()
+            os.kill(pid, signal.SIGKILL)
+            assert await read(disk, 7) == image.read_bytes()[7 * 512 : 8 * 512]
+            assert scene.pool.pids() != [pid]
+        assert await scene.pool.stop_vring(0) == 6
+        assert scene.pool.block.counters(0).requests == 6
+
+    in_scene(image, story)
+
+
+def test_command_is_given_to_the_new_worker_when_the_old_one_dies(image):
+    async def story(scene):
+        await scene.give_memory()
+        disk = BlkDriver(DriverRing(scene.memory))
+        await scene.pool.start_vring(scene.setup(0, disk.ring))
+        await read(disk, 0)
+        os.kill(scene.pool.pids()[0], signal.SIGKILL)
+        assert await scene.pool.stop_vring(0) == 1
+
+    in_scene(image, story)
+
+
+def test_worker_that_keeps_dying_is_given_up(image):
+    async def story(scene):
+        await scene.pool.start()
+        deadline = time.monotonic() + 60
+        while not scene.pool.failed.done() and time.monotonic() < deadline:
+            for pid in scene.pool.pids():
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.05)
+        assert "died 5 times" in str(scene.pool.failed.result())
+
+    in_scene(image, story)
+
+
+def test_ring_outside_of_memory_is_refused_and_its_driver_told(image):
+    async def story(scene):
+        await scene.give_memory()
+        ring = DriverRing(scene.memory)
+        with pytest.raises(WorkerError, match="outside of guest memory"):
+            await scene.pool.start_vring(scene.setup(0, ring, used_uva=0x1000))
+        assert ring.broken(1)
+
+    in_scene(image, story)
+
+
+def test_counters_survive_a_stop(image):
+    async def story(scene):
+        await scene.give_memory()
+        disk = BlkDriver(DriverRing(scene.memory))
+        for expected in (1, 2):
+            await scene.pool.start_vring(scene.setup(0, disk.ring))
+            await read(disk, 0)
+            await scene.pool.stop_vring(0)
+            assert scene.pool.block.counters(0).requests == expected
+            assert scene.pool.block.counters(0).read_bytes == 512 * expected
+
+    in_scene(image, story)
+
+
+def test_image_that_shrinks_gives_errors_and_no_death(image):
+    async def story(scene):
+        await scene.give_memory()
+        disk = BlkDriver(DriverRing(scene.memory))
+        await scene.pool.start_vring(scene.setup(0, disk.ring))
+        await read(disk, 100)
+        os.truncate(image, 4096)
+        status, _, _ = await asyncio.to_thread(disk.request, 0, 100, size=512)
+        assert status == 1
+        assert await read(disk, 1) == image.read_bytes()[512:1024]
+        assert not scene.pool._slots[0].deaths
+
+    in_scene(image, story)
+
+
+def test_idle_worker_uses_no_cpu(image):
+    async def story(scene):
+        await scene.give_memory()
+        disk = BlkDriver(DriverRing(scene.memory))
+        await scene.pool.start_vring(scene.setup(0, disk.ring))
+        await read(disk, 0)
+        await asyncio.sleep(0.2)
+        process = psutil.Process(scene.pool.pids()[0])
+        before = sum(process.cpu_times()[:2])
+        await asyncio.sleep(1)
+        assert sum(process.cpu_times()[:2]) - before <= 0.02
+
+    in_scene(image, story)
+
+
+def test_coordinator_that_is_killed_leaves_no_worker(image, tmp_path):
+
+    socket = tmp_path / "s.sock"
+    command = [sys.executable, "-m", "vvupipe", "device", "block", "--file", image, "--socket", socket, "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    workers = [child.pid for child in psutil.Process(process.pid).children()]
+    assert workers
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not [pid for pid in workers if psutil.pid_exists(pid)]
+    process.stdout.close()
