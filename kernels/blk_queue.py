@@ -5,6 +5,7 @@ from numba import int32, uint8
 
 from kernels import control_block as cb
 from kernels.blk_io import flush, get_id, read_sectors, write_sectors
+from kernels.blk_lookahead import AHEAD, look_ahead
 from kernels.blk_request import parse_request
 from kernels.chain import read_chain
 from kernels.jit import kernel
@@ -95,6 +96,8 @@ def serve_ring(ring, disk, regions, segments, scratch, one_address):
     unpublished = 0
     error = np.int64(min(available, 0))
     while error == OK and done < available and done < TURN:
+        if done % AHEAD == 0 and available - done > 1:
+            look_ahead(ring, disk, regions, min(available - done, AHEAD))
         head = next_head(ring)
         if head < 0:
             error = head

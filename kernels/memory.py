@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from kernels.jit import kernel
 
 _I8 = ir.IntType(8)
-_IS_X86 = platform.machine() == "x86_64"
+IS_X86 = platform.machine() == "x86_64"
 
 
 def _pointer(builder, address, bits):
@@ -78,12 +78,28 @@ def spin_hint(typing_context):
     """Tell the CPU that this is a spin loop (x86 `pause`; elsewhere nothing, inline assembly aborts numba)."""
 
     def generate(context, builder, signature, arguments):
-        if _IS_X86:
+        if IS_X86:
             function = builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), ()))
             builder.call(function, ())
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@intrinsic
+def prefetch(typing_context, address):
+    """Ask the cache for the line at `address`, to be read soon. A hint: no address can make it fault."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = _I8.as_pointer()
+        words = [ir.IntType(32)] * 3
+        kind = ir.FunctionType(ir.VoidType(), [pointer, *words])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
+        read, keep, data = (ir.Constant(ir.IntType(32), value) for value in (0, 3, 1))
+        builder.call(function, (builder.inttoptr(arguments[0], pointer), read, keep, data))
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), generate
 
 
 @intrinsic

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -33,7 +34,7 @@ WORKLOADS = {
 }
 
 
-def measure(socket: str, workload: tuple[str, str, int], seconds: float, cpu: int) -> dict[str, object]:
+def measure(socket: str, workload: tuple[str, str, int], seconds: float, cpu: int) -> dict[str, Any]:
     """One run of the front-end; its JSON."""
     what, block_size, depth = workload
     arguments = [
@@ -43,7 +44,7 @@ def measure(socket: str, workload: tuple[str, str, int], seconds: float, cpu: in
     finished = subprocess.run([*backends.VVUPIPE, *arguments], capture_output=True, text=True, check=False)
     if finished.returncode:
         raise SystemExit(f"{' '.join(arguments)}: {finished.stderr}")
-    result: dict[str, object] = json.loads(finished.stdout)
+    result: dict[str, Any] = json.loads(finished.stdout)
     return result
 
 
@@ -104,14 +105,13 @@ def main() -> int:
     return 0
 
 
-def result_iops(result: dict[str, object]) -> float:
+def result_iops(result: dict[str, Any]) -> float:
     """IOPS of all requests of one run."""
     workload = result["workload"]
-    assert isinstance(workload, dict)
-    return float(workload["iops"])
+    return sum(float(workload[direction]["iops"]) for direction in ("read", "write") if workload.get(direction))
 
 
-def write_records(records: list[dict[str, object]]) -> None:
+def write_records(records: list[dict[str, Any]]) -> None:
     """One JSON line a measurement, with what is needed to compare it later."""
     commit = subprocess.run(
         ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
