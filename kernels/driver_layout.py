@@ -21,7 +21,7 @@ TEXT = {
     ERR_USED_LEN: "it says that it wrote more than the request has room for",
 }
 
-# Log-linear histogram: 32 steps for each power of two, so a bucket is at most 1/32 wide; up to 2^42 ns (73 minutes).
+# Log-linear histogram: 32 steps for each power of two, so a bucket is at most 1/32 wide; up to 2^43 ns (146 minutes).
 SUB_BITS = 5
 BUCKETS = ((42 - SUB_BITS) << SUB_BITS) + (2 << SUB_BITS)
 
@@ -58,7 +58,13 @@ READ = 0
 WRITE = 1
 #: One for reads, one for writes.
 DIRECTION = np.dtype(
-    [("requests", "<u8"), ("bytes", "<u8"), ("latency_sum_ns", "<u8"), ("latency_min_ns", "<u8"), ("latency_max_ns", "<u8")]
+    [
+        ("requests", "<u8"),
+        ("bytes", "<u8"),
+        ("latency_sum_ns", "<u8"),
+        ("latency_min_ns", "<u8"),
+        ("latency_max_ns", "<u8"),
+    ]
 )
 
 DIRECTIONS_OFF = VCPU.itemsize

@@ -35,8 +35,7 @@ def note(direction, counts, length, duration_ns):
     counts[bucket_of(duration)] += uint64(1)
     direction.bytes += length
     direction.latency_sum_ns += duration
-    if duration > direction.latency_max_ns:
-        direction.latency_max_ns = duration
+    direction.latency_max_ns = max(direction.latency_max_ns, duration)
     if duration < direction.latency_min_ns or direction.requests == uint64(0):
         direction.latency_min_ns = duration
     direction.requests += uint64(1)

@@ -1,7 +1,8 @@
 """Kicks of siblings to interrupt eventfds: one thread asleep in epoll_wait, outside of the interpreter.
 
-The event's user data says what to do, so that there is no table to look up: the low half is the fd to drain, the high
-half the fd to signal; WAKE instead of the latter means that the control plane wants to be heard.
+Edge-triggered: every write to a kick eventfd is one event, whatever its counter says, so nothing is read back (a
+counter of 64 bits does not fill up). Two vrings that share an eventfd are both told, and a kick from before its route
+was there is told when the route is added. The user data is the fd to signal: there is no table to look up.
 """
 
 import platform
@@ -11,7 +12,6 @@ from numba import int32, uint64
 
 from kernels.jit import kernel
 from kernels.memory import (
-    drain_eventfd,
     libc_epoll_wait,
     load_acquire_u32,
     load_u32,
@@ -43,22 +43,16 @@ _SEEN = np.uint64(STATE.fields["seen"][1])
 _STOP = np.uint64(STATE.fields["stop"][1])
 _RELAYED = np.uint64(STATE.fields["relayed"][1])
 _ONE = np.uint64(STATE.fields["one"][1])
-_FOUR = np.uint64(4)
 
-WAKE = 0xFFFFFFFF
+WAKE = 0xFFFFFFFF  #: user data of the eventfd by which the control plane makes itself heard
 _FAILURES_MAX = 1000  # EINTR is the only passing failure of epoll_wait; a closed fd fails at once, for ever
 
 
-def user_data(drain_fd: int, signal_fd: int) -> int:
-    """The user data of an eventfd to drain; signal_fd: the eventfd to signal then, or WAKE."""
-    return drain_fd | signal_fd << 32
-
-
 @kernel
-def relay(epoll_fd, state, events, scratch):
+def relay(epoll_fd, state, events):
     """Relay until told to stop. Returns 0, or -1 when epoll_wait keeps failing.
 
-    state: address of a STATE whose `one` is 1. events: address of EVENTS_MAX EVENTs. scratch: address of 8 bytes.
+    state: address of a STATE whose `one` is 1. events: address of EVENTS_MAX EVENTs.
     When `seen` has followed `asked`, no fd that was removed before is in our hands any more.
     """
     failures = 0
@@ -69,11 +63,9 @@ def relay(epoll_fd, state, events, scratch):
         count = libc_epoll_wait(epoll_fd, events, int32(EVENTS_MAX), int32(-1))
         failures = failures + 1 if count < 0 else 0
         for k in range(count):
-            # Two 32-bit loads: in the packed form the 64-bit field is aligned to 4 only.
-            data = events + uint64(k) * uint64(EVENT_BYTES) + _DATA
-            drained = drain_eventfd(int32(load_u32(data)), scratch)
-            target = load_u32(data + _FOUR)
-            if drained and target != WAKE:
+            # The low half of the user data; in the packed form the whole is aligned to 4 only.
+            target = load_u32(events + uint64(k) * uint64(EVENT_BYTES) + _DATA)
+            if target != WAKE:
                 ring_eventfd(int32(target), state + _ONE)
                 store_u64(state + _RELAYED, load_u64(state + _RELAYED) + uint64(1))
     return -1

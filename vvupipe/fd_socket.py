@@ -87,6 +87,10 @@ class FdSocket:
         """Process id of whoever connected (SO_PEERCRED)."""
         return int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
 
+    def fileno(self) -> int:
+        """The fd, for poll(2); it stays the socket's."""
+        return self._sock.fileno()
+
     def shut_down(self) -> None:
         """Make the peer see an end and our own pending receive return, without freeing the fd."""
         with contextlib.suppress(OSError):

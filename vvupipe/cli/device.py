@@ -98,9 +98,9 @@ async def _serve_block(
     elif fd is not None:
         transport = SocketTransport.from_fd(fd)
     else:
-        from vvupipe.vvu.driver_transport import VvuTransport
+        from vvupipe.vm.vvu_transport import open_vvu_transport
 
         assert vfio is not None
-        transport = VvuTransport.open(vfio, vm)
+        transport = open_vvu_transport(vfio, vm)
     block_device = BlockDevice(image, cpus, num_queues, queue_size, spin_us * 1000)
     return await server.run(block_device, transport, EventPrinter(as_json=as_json))

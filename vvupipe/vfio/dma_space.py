@@ -69,7 +69,7 @@ class DmaSpace:
         """See virtio.split_queue.BusMemory; the bytes must lie in one mapping."""
         for entry in self._maps:
             start = address_gpa - entry.iova
-            if 0 <= start and start + size_bytes <= entry.size_bytes:
+            if start >= 0 and start + size_bytes <= entry.size_bytes:
                 if entry.mapping is None or not entry.writable:
                     raise ProtocolError(f"memory at {address_gpa:#x} is not mapped for writing")
                 return entry.mapping.view[start : start + size_bytes]
@@ -77,10 +77,5 @@ class DmaSpace:
 
 
 def _unmap(entry: _DmaMap) -> None:
-    if entry.mapping is None:
-        return
-    try:
+    if entry.mapping is not None:
         entry.mapping.close()
-    except BufferError:
-        # A view of a chain in flight is alive; the mapping ends with it.
-        entry.mapping = None

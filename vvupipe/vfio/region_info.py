@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 from vvupipe.errors import ProtocolError
@@ -74,7 +75,7 @@ def unpack_areas(payload: bytes) -> list[tuple[int, int, int, int]]:
     return [(*area, *fd) for area, fd in zip(sparse, backing, strict=True)]
 
 
-def _entries(payload: bytes, start: int, layout: wire.struct.Struct) -> list[tuple[int, ...]]:
+def _entries(payload: bytes, start: int, layout: struct.Struct) -> list[tuple[int, ...]]:
     if start + wire.SPARSE_HEAD.size > len(payload):
         raise ProtocolError("a region capability that is cut off")
     count, _ = wire.SPARSE_HEAD.unpack_from(payload, start)

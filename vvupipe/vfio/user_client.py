@@ -242,9 +242,7 @@ class VfioUserFunction(VfioFunction):
             raise TransportError(f"function {self.name} answered {command.name} with {len(answer)} bytes")
         return answer, answer_fds
 
-    def _exchange(
-        self, command: Command, payload: bytes, fds: Sequence[int] = ()
-    ) -> tuple[Header, bytes, list[int]]:
+    def _exchange(self, command: Command, payload: bytes, fds: Sequence[int] = ()) -> tuple[Header, bytes, list[int]]:
         if self._sock is None:
             raise TransportError(f"function {self.name} was let go")
         self._message_id = (self._message_id + 1) & 0xFFFF

@@ -46,6 +46,7 @@ class VfioUserServer:
         self._listening = sock
         self._client: _Client | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failed: asyncio.Future[None] | None = None
 
     @property
     def client_pid(self) -> int | None:
@@ -53,24 +54,39 @@ class VfioUserServer:
         return self._client.pid if self._client else None
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled. Raises: what the function raised that is no client's fault, as WorkerError."""
+        accepting = asyncio.create_task(self._accept())
+        self._failed = asyncio.get_running_loop().create_future()
         try:
-            while True:
-                await wait_fd(self._listening.fileno())
-                with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-                    task = asyncio.create_task(self._serve(FdSocket(self._listening.accept()[0])))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+            await asyncio.wait({accepting, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+            for ended in (self._failed, accepting):
+                if ended.done():
+                    ended.result()
         finally:
+            accepting.cancel()
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._listening.close()
 
+    async def _accept(self) -> None:
+        while True:
+            await wait_fd(self._listening.fileno())
+            with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+                task = asyncio.create_task(self._serve(FdSocket(self._listening.accept()[0])))
+                self._tasks.add(task)
+                task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error and self._failed and not self._failed.done():
+            self._failed.set_exception(error)
+
     async def _serve(self, sock: FdSocket) -> None:
         try:
             if self._client and self._client.hung_up:
-                with contextlib.suppress(asyncio.TimeoutError):
+                with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._client.gone.wait(), _LEAVING_S)
             if self._client:
                 await asyncio.wait_for(_turn_away(sock, self._client.pid), _FIRST_MESSAGE_S)
@@ -83,7 +99,7 @@ class VfioUserServer:
                 client.close()
                 self._client = None
                 log.info("%s: process %d let go of it", self._function.name, client.pid)
-        except (ProtocolError, asyncio.TimeoutError) as error:
+        except (ProtocolError, TimeoutError) as error:
             log.warning("%s: client dropped: %s", self._function.name, error)
         finally:
             sock.close()

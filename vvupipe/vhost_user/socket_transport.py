@@ -61,6 +61,10 @@ class MessageSocket:
         """Send a message and its fds, which stay the caller's. Raises: Disconnected."""
         await self._socket.send(message.pack(), message.fds)
 
+    def shut_down(self) -> None:
+        """Wake whoever waits on this socket, at either end; `close` comes later."""
+        self._socket.shut_down()
+
     def close(self) -> None:
         """Close the socket; the peer sees an end."""
         self._socket.close()
@@ -101,8 +105,11 @@ class SocketConnection:
         ]
 
     def kick(self, message: Message) -> int | None:
-        """See transport.Connection."""
-        return self._eventfd(message)
+        """See transport.Connection. Non-blocking, as whoever drains it must never be made to wait."""
+        fd = self._eventfd(message)
+        if fd is not None:
+            os.set_blocking(fd, False)
+        return fd
 
     def call(self, message: Message) -> Doorbell | None:
         """See transport.Connection."""
@@ -112,6 +119,10 @@ class SocketConnection:
     def err(self, message: Message) -> Doorbell | None:
         """See transport.Connection."""
         return self.call(message)
+
+    def shut_down(self) -> None:
+        """Wake a pending receive or send; both then see an end."""
+        self._messages.shut_down()
 
     @staticmethod
     def _eventfd(message: Message) -> int | None:
@@ -215,5 +226,3 @@ def listen_at(path: Path) -> socket.socket:
     finally:
         os.umask(mask)
     return sock
-
-

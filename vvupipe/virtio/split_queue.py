@@ -88,7 +88,7 @@ class QueueLayout:
     @property
     def end_gpa(self) -> int:
         """The first byte after the used ring."""
-        return self.used_gpa + used_bytes(self.size)
+        return self.used_gpa + int(used_bytes(self.size))
 
 
 class _Rings:
@@ -156,7 +156,7 @@ class DeviceQueue:
     @property
     def available(self) -> int:
         """Chains that wait to be taken. Raises: ProtocolError when the driver counts more than the ring holds."""
-        count = (self._rings.avail[AVAIL_IDX // 2] - self._last_avail) & 0xFFFF
+        count: int = (self._rings.avail[AVAIL_IDX // 2] - self._last_avail) & 0xFFFF
         if count > self._size:
             raise ProtocolError(f"{count} chains made available in a queue of {self._size}")
         return count

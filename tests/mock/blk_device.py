@@ -1,0 +1,100 @@
+"""The device's side of a virtio-blk split ring in plain Python (virtio 1.2, 2.7 and 5.2.6), able to lie on purpose."""
+
+import struct
+
+F_NEXT, F_WRITE, F_INDIRECT = 1, 2, 4
+IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
+OK, IOERR, UNSUPP = 0, 1, 2
+
+
+class BlkDevice:
+    """Serves one ring from `ram` (a writable buffer, guest-physical 0 first). Addresses are guest-physical.
+
+    Hooks: `status(kind, sector)` gives the status byte, or None to write none; `used(head, written)` gives the used
+    elements to write; `jump` is added to used.idx.
+    """
+
+    def __init__(self, ram, image, desc, avail, used, size, event_idx=False, start=0):
+        self.ram, self.image, self.size = ram, image, size
+        self.desc, self.avail, self.used_ring, self.event_idx = desc, avail, used, event_idx
+        self.last_avail = self.used_idx = start
+        self.status = lambda kind, sector: OK
+        self.used = lambda head, written: [(head, written)]
+        self.jump = 0
+        self.taken = []
+        self.log = []
+
+    def _get(self, layout, gpa):
+        values = struct.unpack_from(layout, self.ram, gpa)
+        return values[0] if len(values) == 1 else values
+
+    def _put(self, layout, gpa, *values):
+        struct.pack_into(layout, self.ram, gpa, *values)
+
+    def take(self):
+        """Take every chain that is available into `taken`; returns how many there were."""
+        idx = self._get("<H", self.avail + 2)
+        count = 0
+        while self.last_avail != idx:
+            self.taken.append(self._get("<H", self.avail + 4 + 2 * (self.last_avail % self.size)))
+            self.last_avail = (self.last_avail + 1) & 0xFFFF
+            count += 1
+        if self.event_idx:
+            self._put("<H", self.used_ring + 4 + 8 * self.size, self.last_avail)
+        return count
+
+    def _chain(self, head):
+        table, index, chain = self.desc, head, []
+        while True:
+            gpa, length, flags, following = self._get("<QIHH", table + 16 * index)
+            if flags & F_INDIRECT:
+                assert table == self.desc
+                assert not chain
+                assert length % 16 == 0
+                table, index = gpa, 0
+                continue
+            chain.append((gpa, length, bool(flags & F_WRITE)))
+            assert len(chain) <= self.size
+            if not flags & F_NEXT:
+                return chain
+            index = following
+
+    def complete(self, head):
+        """Do the request at `head` and write its used elements; `publish` shows them."""
+        chain = self._chain(head)
+        (header, header_bytes, header_writable), *data, (status_gpa, status_bytes, status_writable) = chain
+        assert (header_bytes, header_writable, status_bytes, status_writable) == (16, False, 1, True)
+        kind, _, sector = self._get("<IIQ", header)
+        assert self.ram[status_gpa] == 0xFF, "the driver must not find an old status"
+        code = self.status(kind, sector)
+        self.log.append((kind, sector, sum(part[1] for part in data)))
+        written = 1
+        offset = sector * 512
+        for gpa, length, writable in data if code == OK else ():
+            assert writable == (kind != OUT)
+            if kind == OUT:
+                self.image[offset : offset + length] = self.ram[gpa : gpa + length]
+            else:
+                content = b"mock-disk".ljust(20, b"\0") if kind == GET_ID else self.image[offset : offset + length]
+                self.ram[gpa : gpa + length] = content
+                written += length
+            offset += length
+        if code is not None:
+            self.ram[status_gpa] = code
+        for element in self.used(head, written):
+            self._put("<II", self.used_ring + 4 + 8 * (self.used_idx % self.size), *element)
+            self.used_idx = (self.used_idx + 1) & 0xFFFF
+
+    def publish(self):
+        self._put("<H", self.used_ring + 2, (self.used_idx + self.jump) & 0xFFFF)
+
+    def serve(self):
+        """Take and complete all there is; returns how many. Looks again after avail_event was written (2.7.10)."""
+        total = 0
+        while count := self.take():
+            total += count
+            for head in self.taken:
+                self.complete(head)
+            self.taken.clear()
+            self.publish()
+        return total

@@ -1,0 +1,167 @@
+import os
+import socket
+import struct
+import threading
+
+import pytest
+
+from vvupipe.errors import TransportError, UserError
+from vvupipe.vfio import user_client
+from vvupipe.vfio.user_client import VfioUserFunction
+
+
+@pytest.fixture
+def function(server, path):
+    function = VfioUserFunction.connect(path, "0000:00:10.0 of vm0")
+    yield function
+    function.close()
+
+
+def test_regions(function):
+    function.check()
+    assert (function.region_size(0), function.region_size(4), function.region_size(1)) == (4096, 1 << 20, 0)
+    function.write(0, 8, b"12345678")
+    assert function.read(0, 10, 4) == b"3456"
+
+
+def test_large_access_is_cut_into_what_was_agreed(function, server):
+    function._server_transfer = 1000
+    data = os.urandom(4096)
+    function.write(0, 0, data)
+    assert len(server.function.log) == 5
+    assert function.read(0, 0, 4096) == data
+
+
+def test_mappable_areas_have_their_own_fds(function):
+    areas = function.mappable_areas(4)
+    assert [(a.offset, a.size_bytes, a.fd_offset) for a in areas] == [(0, 8192, 0), (8192, 4096, 4096)]
+    assert [os.pread(a.fd, 6, a.fd_offset) for a in areas] == [b"area 0", b"area 1"]
+    for area in areas:
+        area.close()
+    assert function.mappable_areas(0) == []
+
+
+def test_small_first_guess_asks_again(function, monkeypatch):
+    monkeypatch.setattr(user_client, "_ROOM_BYTES", 32)
+    areas = function.mappable_areas(4)
+    assert len(areas) == 2
+    for area in areas:
+        area.close()
+
+
+def test_io_events(function, server):
+    events = function.io_events(2)
+    assert [(e.offset, e.size_bytes) for e in events] == [(8, 0), (12, 4)]
+    os.eventfd_write(events[1].fd, 1)
+    assert os.eventfd_read(server.function.bell) == 1
+    for event in events:
+        event.close()
+    assert function.io_events(0) == []
+
+
+def test_irqs_dma_and_reset(function, server):
+    assert (function.irq_count(2), function.irq_count(0)) == (5, 0)
+    fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(5)]
+    function._server_fds = 2  # three messages
+    function.set_irq_eventfds(2, 0, fds)
+    server.call(lambda: [server.function.irqs[2].signal(k) for k in (0, 4)])
+    assert (os.eventfd_read(fds[0]), os.eventfd_read(fds[4])) == (1, 1)
+    function.disable_irqs(2)
+    assert server.function.irqs[2].target(4) == -1
+    memory = os.memfd_create("dma")
+    os.ftruncate(memory, 8192)
+    function.dma_map(0x1000, 4096, memory, 4096)
+    with pytest.raises(TransportError, match="refused DMA_MAP: File exists"):
+        function.dma_map(0x1000, 4096, memory, 0)
+    function.dma_unmap(0x1000, 4096)
+    function.reset()
+    assert server.function.log[-1] == "reset"
+    for fd in [*fds, memory]:
+        os.close(fd)
+
+
+def test_function_in_use_names_the_process(function, path):
+    with pytest.raises(UserError, match=f"0000:00:10.0 of vm9 is in use by process {os.getpid()}: stop that first"):
+        VfioUserFunction.connect(path, "0000:00:10.0 of vm9")
+
+
+def test_nobody_serves(tmp_path):
+    with pytest.raises(UserError, match="does not answer"):
+        VfioUserFunction.connect(tmp_path / "none.sock", "f")
+
+
+def test_server_that_goes(function, server):
+    server.call(server._task.cancel)
+    server._thread.join(10)
+    with pytest.raises(TransportError, match="is gone"):
+        function.read(0, 0, 4)
+    function.close()
+    with pytest.raises(TransportError, match="was let go"):
+        function.read(0, 0, 4)
+    server.close = lambda: None
+
+
+def scripted(monkeypatch, *replies):
+    """A client whose server answers with these bytes, one after the other."""
+    monkeypatch.setattr(user_client, "_ANSWER_S", 0.3)
+    ours, theirs = socket.socketpair()
+
+    def serve():
+        with theirs:
+            for reply in replies:
+                theirs.recv(65536)
+                theirs.sendall(reply)
+            theirs.recv(65536)
+            if replies:
+                theirs.settimeout(2)
+                theirs.recv(1)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return VfioUserFunction(ours, "f")
+
+
+def reply(message_id, command, payload=b"", flags=1, error=0, size=None):
+    return (
+        struct.pack("=HHIII", message_id, command, 16 + len(payload) if size is None else size, flags, error) + payload
+    )
+
+
+def test_silent_server(monkeypatch):
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(user_client, "_ANSWER_S", 0.2)
+    function = VfioUserFunction(ours, "f")
+    with pytest.raises(TransportError, match="has not answered"):
+        function.reset()
+    theirs.close()
+    function.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [reply(2, 13), reply(1, 9), reply(1, 13, flags=0), reply(1, 13, size=3), reply(1, 13, size=1 << 31)],
+)
+def test_answer_that_is_none(monkeypatch, answer):
+    function = scripted(monkeypatch, answer)
+    with pytest.raises(TransportError, match="is gone"):
+        function.reset()
+    function.close()
+
+
+def test_answer_that_is_too_short(monkeypatch):
+    function = scripted(monkeypatch, reply(1, 9, bytes(16)))
+    with pytest.raises(TransportError, match="answered REGION_READ with 16 bytes"):
+        function.read(0, 0, 4)
+    function.close()
+
+
+@pytest.mark.parametrize("entry", [(0, 0, 9, 0), (0, 1, 0, 0)])
+def test_areas_that_contradict_themselves(monkeypatch, entry):
+    start, extra, index, _ = entry
+    caps = struct.pack("=HHIIIQQ", 1, 1, 64, 1 + extra, 0, start, 4096) + struct.pack(
+        "=HHIIIIIQ", 0x7676, 1, 0, 1, 0, index, 0, 0
+    )
+    body = struct.pack("=IIIIQQ", 32 + len(caps), 15, 4, 32, 1 << 20, 0) + caps
+    function = scripted(monkeypatch, reply(1, 5, body))
+    with pytest.raises(TransportError):
+        function.mappable_areas(4)
+    function.close()

@@ -1,0 +1,232 @@
+"""The embedded sibling on a back-end that lies, forgets and breaks off: plain Python, one thread."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from tests.mock import frontend as wire
+from tests.mock.blk_backend import ALL_FEATURES, BlkBackend
+from tests.mock.blk_device import IN, IOERR, OK, OUT
+from tests.vvupipe.vm.sibling_kit import run, run_json
+from vvupipe.errors import ProtocolError, UserError, WorkerError
+from vvupipe.vm.sibling import SiblingOptions, WorkloadSpec, open_disk, run_workload
+
+pytestmark = pytest.mark.timeout(120)
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "s"
+
+
+def feature_sets():
+    both = wire.F_EVENT_IDX | wire.F_INDIRECT
+    return {
+        "all": ALL_FEATURES,
+        "no event idx": ALL_FEATURES & ~wire.F_EVENT_IDX,
+        "no indirect": ALL_FEATURES & ~wire.F_INDIRECT,
+        "least": (ALL_FEATURES & ~both) & ~wire.F_BLK_FLUSH & ~wire.F_BLK_MQ,
+    }
+
+
+@pytest.mark.parametrize("features", feature_sets().values(), ids=feature_sets())
+def test_verify_with_each_set_of_features(path, capsys, features):
+    with BlkBackend(path, features=features) as backend:
+        status, found = run_json(capsys, path, workload="verify", iodepth=16)
+    assert (status, found["workload"]["mismatches"], found["workload"]["verified_blocks"]) == (0, 0, SIZE // 4096)
+    assert found["workload"]["flushes"] == int(bool(features & wire.F_BLK_FLUSH))
+    assert found["disk"]["serial"] == "mock-disk"
+    assert backend.taken_features == features
+
+
+def when_started(backend, kinds, **hooks):
+    """Set hooks of every device, in force from the first request of `kinds` that it sees."""
+
+    def prepare(device):
+        device.status = status(device)
+
+    def status(device):
+        def look(kind, sector):
+            if kind in kinds and len(device.log) > 8:
+                for name, value in hooks.items():
+                    setattr(device, name, value)
+            return OK
+
+        return look
+
+    backend.prepare = prepare
+
+
+HOSTILE = {
+    "an id outside of the queue": ({"used": lambda head, written: [(70000, written)]}, "not in flight"),
+    "an id that is free": ({"used": lambda head, written: [(head, written), (200, written)]}, "not in flight|more req"),
+    "one id twice": ({"used": lambda head, written: [(head, written), (head, written)]}, "not in flight|more requests"),
+    "an index jump": ({"jump": 1000}, "more requests than"),
+    "too much written": ({"used": lambda head, written: [(head, written + 5000)]}, "more than the request"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_broken_used_ring_ends_with_one_line(path, name):
+    hooks, match = HOSTILE[name]
+    backend = BlkBackend(path)
+    when_started(backend, {OUT}, **hooks)
+    with backend, pytest.raises(ProtocolError, match=match) as raised:
+        run(path, workload="randwrite", iodepth=8)
+    assert str(raised.value).startswith("the back-end broke vring 0")
+
+
+def test_errors_are_reported_and_end_with_1(path, capsys):
+    backend = BlkBackend(path)
+    backend.prepare = lambda device: setattr(
+        device, "status", lambda kind, sector: IOERR if kind == IN and sector == 808 else OK
+    )
+    with backend:
+        status, found = run_json(capsys, path, workload="read", bs=512)
+    assert (status, found["workload"]["errors"]) == (1, 1)
+    assert found["workload"]["first_error"] == "read of sector 808: I/O error"
+
+
+def test_a_status_that_was_forgotten_is_an_error(path, capsys):
+    backend = BlkBackend(path)
+    backend.prepare = lambda device: setattr(
+        device, "status", lambda kind, sector: None if kind == IN and sector == 808 else OK
+    )
+    with backend:
+        status, found = run_json(capsys, path, workload="read", bs=512)
+    assert (status, found["workload"]["first_error"]) == (1, "read of sector 808: status 255")
+
+
+def test_a_corrupted_block_is_found(path, capsys):
+    image = bytearray(SIZE)
+    backend = BlkBackend(path, image)
+
+    def spoil(served):
+        if backend._vrings[0].device.log[-1][0] == IN:
+            image[5 * 4096 + 100] = image[5 * 4096 + 100] ^ 255 if image[5 * 4096] else 1
+            backend.after = lambda served: None
+
+    def after(served):
+        log = backend._vrings[0].device.log
+        if log and log[-1][0] == 4:  # the flush between writing and reading
+            image[5 * 4096 + 100] ^= 255
+            backend.after = lambda served: None
+
+    del spoil
+    backend.after = after
+    with backend:
+        status, found = run_json(capsys, path, workload="verify", iodepth=4)
+    assert (status, found["workload"]["mismatches"]) == (1, 1)
+    assert found["workload"]["first_mismatch_bytes"] == 5 * 4096
+
+
+def test_a_read_error_ends_a_copy(path, tmp_path):
+    backend = BlkBackend(path)
+    backend.prepare = lambda device: setattr(
+        device, "status", lambda kind, sector: IOERR if kind == IN and sector == 1024 else OK
+    )
+    target = tmp_path / "folder" / "copy"
+    target.parent.mkdir()
+    with backend, pytest.raises(Exception, match="failed: read of sector 1024: I/O error"):
+        run(path, copy_out=target)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_leaving_again_and_again_loses_nothing(path, capsys):
+    backend = BlkBackend(path)
+    backend.after = lambda served: "leave" if served % 7 == 3 and backend.connections < 12 else None
+    with backend:
+        status, found = run_json(capsys, path, workload="verify", iodepth=16, runtime_s=0.5)
+    assert (status, found["workload"]["mismatches"], found["workload"]["errors"]) == (0, 0, 0)
+    assert found["reconnects"] == backend.connections - 1 > 3
+
+
+def test_leaving_during_the_handshake_is_no_end(path, capsys):
+    backend = BlkBackend(path)
+    handle = backend._handle
+
+    def leave_sometimes(request, body, fds):
+        if backend.connections < 12 and len(backend.requests) > 3 * backend.connections + backend.connections**2 // 2:
+            raise_reset()
+        return handle(request, body, fds)
+
+    def raise_reset():
+        raise ConnectionResetError
+
+    backend._handle = leave_sometimes
+    session = backend._session
+
+    def session_until_reset(connection):
+        try:
+            return session(connection)
+        except ConnectionResetError:
+            backend.requests.clear()
+            return None
+
+    backend._session = session_until_reset
+    with backend:
+        status, found = run_json(capsys, path, workload="verify", size=64 << 10)
+    assert (status, found["workload"]["mismatches"]) == (0, 0)
+    assert backend.connections >= 2
+
+
+@pytest.mark.parametrize("request_number", [wire.SET_MEM_TABLE, wire.SET_VRING_ADDR, wire.SET_VRING_ENABLE])
+def test_a_refusal_is_one_line(path, request_number):
+    backend = BlkBackend(path)
+    backend.refused = {request_number}
+    with backend, pytest.raises(ProtocolError, match="the back-end refused SET_"):
+        run(path)
+
+
+def test_the_err_eventfd_ends_it(path):
+    backend = BlkBackend(path)
+    backend.after = lambda served: backend.ring_err(0) if served > 20 else None
+    with backend, pytest.raises(ProtocolError, match="says that vring 0 is broken"):
+        run(path, workload="randread", runtime_s=30.0)
+
+
+def test_a_disk_of_nothing(path, capsys):
+    with BlkBackend(path, bytearray()):
+        status, found = run_json(capsys, path)
+        assert (status, found["disk"]["size_bytes"]) == (0, 0)
+        with pytest.raises(UserError, match="less than one block"):
+            run(path, workload="read")
+
+
+def test_requests_that_never_come_back_are_given_up(path, monkeypatch):
+    """An interrupt while the back-end sits on its requests: the result says how many are missing."""
+    monkeypatch.setattr("vvupipe.vm.sibling_workload._INTERRUPT_S", 0.3)
+    backend = BlkBackend(path)
+    backend.prepare = lambda device: setattr(device, "used", lambda head, written: [])
+
+    async def main():
+        async with open_disk(SiblingOptions(path, workload="randread", timeout_s=10.0), lambda line: None) as disk:
+            stop = asyncio.Event()
+            asyncio.get_running_loop().call_later(0.5, stop.set)
+            return await run_workload(disk, WorkloadSpec("randread", iodepth=8), stop=stop)
+
+    with backend:
+        began = time.monotonic()
+        result = asyncio.run(main())
+    assert (result.unfinished, result.ok, result.interrupted) == (8, False, True)
+    assert time.monotonic() - began < 30
+
+
+def test_vcpus_that_cannot_start_do_not_wait_for_a_back_end(path, monkeypatch):
+    monkeypatch.setattr("vvupipe.vm.vcpu.SPIN_MAX_NS", "no number")
+    with pytest.raises(WorkerError):
+        run(path, timeout_s=60.0)
+
+
+def test_a_back_end_may_be_silent_for_a_while(path, capsys):
+    """The wait for an answer is part of the wait for the back-end; here it is busy with another front-end."""
+    with BlkBackend(path) as backend:
+        other = wire.Frontend(path)
+        threading.Timer(1.5, other.close).start()
+        status = run(path)
+    assert status == 0
+    assert backend.connections == 2
+    assert f"connected to {path}, waiting for the back-end to answer" in capsys.readouterr().err

@@ -1,0 +1,240 @@
+"""The embedded device VM: RAM, a PCI bus with VVU functions, each served to a driver by vfio-user."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vvupipe.errors import UserError
+from vvupipe.events import EventPrinter
+from vvupipe.pci.address import PciAddress
+from vvupipe.pci.sysfs_tree import SysfsTree
+from vvupipe.unix_path import reachable
+from vvupipe.vfio.user_server import VfioUserServer
+from vvupipe.vhost_user.socket_transport import SocketTransport
+from vvupipe.vm.guest_ram import SLOT_BYTES, GuestRam
+from vvupipe.vm.lspci import SYSFS, function_line, lspci_lines
+from vvupipe.vm.pci_bus import PciBus
+from vvupipe.vm.runtime_folder import RuntimeFolder
+from vvupipe.workers import kernel_cache
+
+__all__ = ["DeviceVmOptions", "ProxyOptions", "lspci_lines", "run_device_vm"]
+
+log = logging.getLogger(__name__)
+
+_RAM_MIN_BYTES = 4 * SLOT_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyOptions:
+    """One --vvu-proxy: where the sibling connects, where the function sits (None: anywhere), its uuid."""
+
+    socket_path: Path
+    address: str | None = None
+    uuid: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceVmOptions:
+    """What `vvupipe run --vvu-proxy` was asked for."""
+
+    proxies: Sequence[ProxyOptions]
+    name: str | None = None
+    mem_mib: int = 256
+    cpus: Sequence[int] | None = None
+    json: bool = False
+
+
+async def run_device_vm(options: DeviceVmOptions) -> int:
+    """Run the VM until SIGINT or SIGTERM. Returns the exit status.
+
+    Raises: UserError when the name, an address or a socket is taken or malformed, or there is no room.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    if options.cpus:
+        os.sched_setaffinity(0, options.cpus)
+    # One function may hold 260 eventfds: three for each of the sibling's vrings and the driver's vectors.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with DeviceVm(options) as vm:
+        serving = asyncio.gather(*vm.tasks())
+        stopping = asyncio.create_task(stop.wait())
+        waited: list[asyncio.Future[Any]] = [serving, stopping]
+        try:
+            vm.announce(EventPrinter(as_json=options.json))
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()  # tells what went wrong: none of them ends by itself
+        finally:
+            stopping.cancel()
+            serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+    return 0
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One function and what belongs to it."""
+
+    address: PciAddress
+    options: ProxyOptions
+    function: Any
+    server: VfioUserServer
+    socket_name: str
+    proxy: Any = None
+
+
+@dataclass
+class DeviceVm:
+    """Everything that one VM has; leaving the `with` removes all of it."""
+
+    options: DeviceVmOptions
+    _slots: list[_Slot] = field(default_factory=list)
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __enter__(self) -> DeviceVm:
+        with self._stack:
+            self._start()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        from vvupipe.vvu.proxy import VvuProxy
+
+        ram_bytes = self.options.mem_mib << 20
+        if ram_bytes < _RAM_MIN_BYTES:
+            raise UserError(f"--mem {self.options.mem_mib}: a device VM needs {_RAM_MIN_BYTES >> 20} MiB or more")
+        bus = PciBus()
+        # Those with an address choose first, whatever their order.
+        asked = sorted(self.options.proxies, key=lambda proxy: proxy.address is None)
+        places = {id(proxy): bus.take(proxy.address) for proxy in asked}
+        uuids = {id(proxy): _parse_uuid(proxy.uuid) for proxy in asked}
+        self.folder = RuntimeFolder.create(self.options.name)
+        self._stack.callback(self.folder.close)
+        ram = GuestRam(self.folder.name, ram_bytes)
+        self._stack.callback(ram.close)
+        relay = _start_relay()
+        self._stack.callback(relay.close)
+        sysfs = SysfsTree(self.folder.path / SYSFS)
+        for proxy in self.options.proxies:
+            self._add(proxy, places[id(proxy)], uuids[id(proxy)], relay, bus, sysfs)
+        self.folder.describe(
+            {
+                "ram": ram.name,
+                "ram_bytes": ram_bytes,
+                "functions": {str(slot.address): slot.socket_name for slot in self._slots},
+                "listening": [str(proxy.socket_path.absolute()) for proxy in self.options.proxies],
+            }
+        )
+        # Last: whoever sees a proxy's socket finds everything else ready.
+        for slot in self._slots:
+            slot.proxy = self._listen(slot)
+
+    def _listen(self, slot: _Slot) -> Any:
+        from vvupipe.vvu.proxy import VvuProxy
+
+        listening = SocketTransport.listen(slot.options.socket_path)
+        self._stack.callback(listening.close)
+        return VvuProxy(slot.function, listening)
+
+    def _add(
+        self,
+        options: ProxyOptions,
+        address: PciAddress,
+        function_uuid: bytes,
+        relay: Any,
+        bus: PciBus,
+        sysfs: SysfsTree,
+    ) -> None:
+        from vvupipe.vvu.function import VvuFunction
+
+        function = VvuFunction(f"VVU function {address}", relay, uuid=function_uuid)
+        self._stack.callback(function.close)
+        bus.place_bars(function.config)
+        function.config.on_change = lambda: sysfs.show(address, function.config)
+        sysfs.show(address, function.config)
+        socket_name = f"{address}.vfio-user"
+        server = VfioUserServer(function, _listen(self.folder.path / socket_name))
+        self._slots.append(_Slot(address, options, function, server, socket_name))
+
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """What serves the functions; none of them ends by itself."""
+        return [asyncio.create_task(work.run()) for slot in self._slots for work in (slot.server, slot.proxy)]
+
+    def announce(self, events: EventPrinter) -> None:
+        """Tell the user what is there and what to type next."""
+        name = self.folder.name
+        lines = [f"device VM {name}: {self.options.mem_mib} MiB of RAM, pid {os.getpid()}"]
+        for slot in self._slots:
+            path = slot.options.socket_path
+            lines += [
+                function_line(slot.address),
+                f"  its back-end:  vvupipe device block --vfio {slot.address} --vm {name} --file IMG",
+                f"  its sibling:   vvupipe run --vhost-user-blk {path}",
+            ]
+        events.emit(
+            "ready",
+            "\n".join(lines),
+            pid=os.getpid(),
+            name=name,
+            folder=str(self.folder.path),
+            functions=[
+                {
+                    "address": str(slot.address),
+                    "lspci": function_line(slot.address),
+                    "socket": str(slot.options.socket_path),
+                    "uuid": slot.options.uuid,
+                }
+                for slot in self._slots
+            ],
+        )
+
+
+def _parse_uuid(text: str | None) -> bytes:
+    if text is None:
+        return bytes(16)
+    try:
+        return uuid.UUID(text).bytes
+    except ValueError:
+        raise UserError(f"uuid={text} is not a UUID: write it like {uuid.UUID(int=0)}") from None
+
+
+def _start_relay() -> Any:
+    # numba reads these when it is imported, which happens here and not before.
+    os.environ.update(kernel_cache.environment())
+    logging.getLogger("numba").setLevel(logging.WARNING)  # at -vv it would tell of every bytecode it compiles
+    from vvupipe.vvu.kick_relay import KickRelay
+
+    return KickRelay()
+
+
+def _listen(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)
+    try:
+        with reachable(path) as short:
+            sock.bind(short)
+        sock.listen(4)
+    except OSError as error:
+        sock.close()
+        raise UserError(f"cannot listen at {path}: {error.strerror}") from error
+    finally:
+        os.umask(mask)
+    return sock

@@ -1,0 +1,82 @@
+"""The RAM of an embedded device VM, and the slots that programs in the VM take of it.
+
+The RAM is POSIX shared memory with guest-physical address 0 at its start. A program locks its slot's bytes
+(F_OFD_SETLK), so that the slots of a killed one are free again without anybody doing anything.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+
+import posix_ipc
+
+from vvupipe.errors import UserError
+from vvupipe.memory import shared
+from vvupipe.memory.mapping import Mapping
+
+SLOT_BYTES = 1 << 20
+_FIRST_SLOT = 1  # low memory stays unused, so that no ring has address 0
+_FLOCK = struct.Struct("@hhqqi4x")  # fcntl(2), struct flock: type, whence, start, length, pid
+
+
+class GuestRam:
+    """The VM's own hold on its RAM: removes the name at the end."""
+
+    def __init__(self, vm_name: str, size_bytes: int) -> None:
+        """Raises: UserError when there is no room for it."""
+        self.name = f"{shared.PREFIX}{os.getuid()}-{vm_name}-{os.getpid()}"
+        self.size_bytes = size_bytes
+        try:
+            self._fd = shared.create_named(self.name, size_bytes)
+        except posix_ipc.ExistentialError:
+            # Only a killed process with our number can have left it.
+            shared.unlink(self.name)
+            self._fd = shared.create_named(self.name, size_bytes)
+
+    def close(self) -> None:
+        """Give the RAM up; programs that still have it keep what they mapped."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            shared.unlink(self.name)
+
+
+class RamSlot:
+    """One slot of a VM's RAM, ours until closed: implements vvu.driver.DmaBuffer."""
+
+    def __init__(self, fd: int, offset: int) -> None:
+        self.fd = fd
+        self.fd_offset = offset
+        self.gpa = offset
+        self.size_bytes = SLOT_BYTES
+        self._mapping = Mapping(fd, SLOT_BYTES, offset)
+        self.view = self._mapping.view
+
+    @classmethod
+    def take(cls, ram_name: str) -> RamSlot:
+        """The first free slot. Raises: UserError when the RAM is gone or every slot is taken."""
+        try:
+            opened = posix_ipc.SharedMemory(ram_name)
+        except posix_ipc.ExistentialError:
+            raise UserError(f"the VM's memory {ram_name} is gone: start the VM again") from None
+        fd = int(opened.fd)
+        os.set_inheritable(fd, False)
+        for slot in range(_FIRST_SLOT, int(opened.size) // SLOT_BYTES):
+            # An OFD lock belongs to this open file, not to the process: it also excludes ourselves.
+            flock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, slot * SLOT_BYTES, SLOT_BYTES, 0)
+            try:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock)
+            except (BlockingIOError, PermissionError):
+                continue
+            return cls(fd, slot * SLOT_BYTES)
+        os.close(fd)
+        raise UserError("every program slot of the VM's memory is taken: stop one or give the VM more --mem")
+
+    def close(self) -> None:
+        """Free the slot. Harmless when called again."""
+        if self.fd >= 0:
+            self._mapping.close()
+            os.close(self.fd)
+            self.fd = -1

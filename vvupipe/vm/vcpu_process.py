@@ -1,0 +1,233 @@
+"""A vCPU of the embedded sibling: one process, pinned to a CPU, which drives one vring of the disk in a kernel.
+
+It is either in a kernel or executing a command. Commands are answered at once; the end of a job is told by the `done`
+eventfd and the VCPU record in shared memory, so the parent can command a vCPU that is at work.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels import driver_layout as layout
+from kernels import driver_ring, driver_transfer, driver_verify, driver_workload
+from kernels.driver_wait import POLLFD, POLLIN
+from vvupipe.errors import WorkerError
+from vvupipe.memory.mapping import Mapping
+from vvupipe.workers import commands
+from vvupipe.workers.process import die_with_parent
+
+KERNELS = {
+    "workload": driver_workload.drive,
+    "verify": driver_verify.drive_verify,
+    "transfer": driver_transfer.transfer,
+}
+_SHARED_COUNTERS_KEPT = ("attention", "finished_jobs")
+
+
+class VcpuProcess:
+    """State of the process; `run` returns when the parent closes the command socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._scratch = np.zeros(8, np.uint64)
+        self._one = np.ones(1, np.uint64)
+        self._wait = np.zeros(1, layout.WAIT)
+        self._ring = np.zeros(1, layout.DRIVER_RING)
+        self._ring["kick_fd"] = self._ring["call_fd"] = -1
+        self._heads = np.full(1, -1, np.int32)
+        self._tags = np.zeros(0, layout.TAG)
+        self._job = np.zeros(1, layout.JOB)
+        self._pollfds = np.zeros(2, POLLFD)
+        self._pollfds["events"] = POLLIN
+        self._pollfds["fd"] = (sock.fileno(), -1)
+        self._kernel: Any = None
+        self._file_fd = -1
+        self._live = False
+
+    def run(self) -> None:
+        """Execute commands, and the job's kernel in between."""
+        first = commands.receive(self._sock)
+        while first is not None and not self._execute(*first):
+            first = commands.receive(self._sock)
+        if first is None:
+            return
+        while True:
+            busy = self._kernel is not None and self._live
+            # The attention word is read before the socket is emptied: a command sent meanwhile raises it again.
+            self._wait["attention_seen"] = self._record["attention"]
+            if not busy:
+                select.select([self._sock], [], [])
+            if not self._drain_commands():
+                return
+            if self._kernel is not None and self._live:
+                self._enter_kernel()
+
+    def _drain_commands(self) -> bool:
+        while select.select([self._sock], [], [], 0)[0]:
+            packet = commands.receive(self._sock)
+            if packet is None:
+                return False
+            self._execute(*packet)
+        return True
+
+    def _enter_kernel(self) -> None:
+        status = self._call(self._kernel)
+        if status != layout.COMMAND:
+            self._finish(status)
+
+    def _call(self, kernel: Any) -> int:
+        arguments = (self._tags, self._heads, self._job[0], self._record[0], self._directions, self._histograms)
+        return int(kernel(self._wait[0], self._ring[0], self._pollfds, *arguments))
+
+    def _finish(self, status: int) -> None:
+        self._kernel = None
+        if self._file_fd >= 0:
+            os.close(self._file_fd)
+            self._file_fd = -1
+        record = self._record[0]
+        record["status"] = status
+        record["finished_jobs"] += np.uint64(1)
+        os.eventfd_write(self._done_fd, 1)
+
+    def _execute(self, fields: commands.Fields, fds: list[int]) -> bool:
+        answer: commands.Fields = {"id": fields["id"]}
+        try:
+            answer.update(getattr(self, f"_do_{fields['op']}")(fields, fds) or {})
+        except (OSError, ValueError, WorkerError) as error:
+            answer["error"] = str(error)
+        finally:
+            for fd in fds:
+                os.close(fd)
+            fds.clear()
+        try:
+            commands.send(self._sock, answer)
+        except ConnectionError:
+            sys.exit(0)  # the parent has gone, as it does when it is interrupted while we compile
+        return "error" not in answer
+
+    def _do_open(self, fields: commands.Fields, fds: list[int]) -> None:
+        """fds: guest RAM, control memory, done eventfd. Compiles the kernels that are named."""
+        os.sched_setaffinity(0, fields["cpus"])
+        self._ram = Mapping(fds[0], int(fields["mem_bytes"]))
+        self._control = Mapping(fds[1], int(fields["control_bytes"]))
+        self._done_fd = os.dup(fds[2])
+        start = int(fields["index"]) * layout.VCPU_AREA_BYTES
+        view = self._control.view
+        self._record = np.frombuffer(view, layout.VCPU, 1, start)
+        self._directions = np.frombuffer(view, layout.DIRECTION, 2, start + layout.DIRECTIONS_OFF)
+        counts = np.frombuffer(view, np.uint64, 2 * layout.BUCKETS, start + layout.HISTOGRAMS_OFF)
+        self._histograms = counts.reshape(2, layout.BUCKETS)
+        wait = self._wait[0]
+        wait["record"] = self._control.address + start
+        wait["scratch"] = self._scratch.ctypes.data
+        wait["spin_max_ns"] = wait["spin_ns"] = int(fields["spin_max_ns"])
+        ring = self._ring[0]
+        ring["ram"] = self._ram.address
+        ring["one"] = self._one.ctypes.data
+        ring["scratch"] = self._scratch.ctypes.data
+        self._warm_up(fields["kernels"])
+
+    def _warm_up(self, names: list[str]) -> None:
+        """Compile, or load from the cache, now rather than at the first request: a job with nothing to do."""
+        ring = self._ring[0]
+        scratch = np.zeros(8192, np.uint8)
+        base = scratch.ctypes.data + -scratch.ctypes.data % 64
+        ring["desc"], ring["avail"], ring["used"], ring["size"] = base, base + 1024, base + 2048, 1
+        driver_ring.reset_ring(ring)
+        driver_ring.resubmit(ring, self._tags, self._heads)
+        self._job["stopping"] = 1
+        for name in names:
+            self._call(KERNELS[name])
+            self._record["started_ns"] = 0
+        self._job["stopping"] = 0
+
+    def _do_ring(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Begin with empty rings at a place of their own; what is in flight is put on them again. fds: kick, call."""
+        ring = self._ring[0]
+        for name in ("kick_fd", "call_fd"):
+            if ring[name] >= 0:
+                os.close(int(ring[name]))
+            ring[name] = fds.pop(0)
+            os.set_blocking(int(ring[name]), False)
+        for part in ("desc", "avail", "used"):
+            ring[part] = self._ram.address + int(fields[f"{part}_gpa"])
+        for name in ("size", "event_idx", "indirect"):
+            ring[name] = int(fields[name])
+        self._heads = np.full(int(ring["size"]), -1, np.int32)
+        driver_ring.reset_ring(ring)
+
+    def _do_go(self, fields: commands.Fields, fds: list[int]) -> None:
+        """The back-end has the vring: put what was in flight, and go on with the job."""
+        driver_ring.resubmit(self._ring[0], self._tags, self._heads)
+        self._live = True
+
+    def _do_pause(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Leave the vring alone until the next `go`."""
+        self._live = False
+
+    def _do_job(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Start a job. `job` has the fields of layout.JOB that are not 0; fds: the file of a transfer, if any."""
+        if self._kernel is not None:
+            raise WorkerError("the vCPU is at work")
+        self._place_tags(int(fields["depth"]), int(fields["tags_gpa"]), int(fields["data_gpa"]), fields)
+        job = self._job
+        job[:] = np.zeros(1, layout.JOB)
+        for name, value in fields["job"].items():
+            job[name] = value
+        job["depth"] = fields["depth"]
+        job["window"] = self._ram.address + int(fields["data_gpa"])
+        self._file_fd = fds.pop(0) if fds else -1
+        job["file_fd"] = self._file_fd
+        self._clear_counters()
+        if fields["kernel"] == "workload":
+            self._fill_buffers(int(fields["data_gpa"]), int(fields["depth"]) * int(fields["stride_bytes"]))
+        driver_ring.attach_tags(self._ring[0], self._tags, self._heads)
+        self._kernel = KERNELS[fields["kernel"]]
+
+    def _place_tags(self, depth: int, tags_gpa: int, data_gpa: int, fields: commands.Fields) -> None:
+        self._tags = np.zeros(depth, layout.TAG)
+        numbers = np.arange(depth, dtype=np.uint64)
+        self._tags["place"] = np.uint64(self._ram.address + tags_gpa) + numbers * np.uint64(layout.TAG_BYTES)
+        self._tags["data"] = np.uint64(self._ram.address + data_gpa) + numbers * np.uint64(fields["stride_bytes"])
+        self._tags["length"] = int(fields["length_bytes"])
+
+    def _clear_counters(self) -> None:
+        record = self._record[0]
+        for name in layout.VCPU.names or ():
+            if name not in _SHARED_COUNTERS_KEPT and not name.startswith("_"):
+                record[name] = 0
+        for name in ("kicks", "calls"):
+            self._ring[name] = 0
+        self._wait["sleeps"] = 0
+        self._directions[:] = np.zeros(2, layout.DIRECTION)
+        self._histograms[:] = 0
+
+    def _fill_buffers(self, data_gpa: int, size_bytes: int) -> None:
+        """Random data, so that no storage below can make less of it."""
+        buffer: npt.NDArray[np.uint8] = np.frombuffer(self._ram.view, np.uint8, size_bytes, data_gpa)
+        buffer[:] = np.frombuffer(np.random.default_rng().bytes(size_bytes), np.uint8)
+
+    def _do_stop(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Start no more requests; the job ends when those in flight are back."""
+        self._job["stopping"] = 1
+
+
+def main(arguments: list[str]) -> None:
+    """Entry: `--fd N --parent PID`."""
+    fd, parent = int(arguments[1]), int(arguments[3])
+    die_with_parent(parent)
+    # Ctrl-C reaches the whole foreground group; the parent decides when vCPUs end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    VcpuProcess(socket.socket(fileno=fd)).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

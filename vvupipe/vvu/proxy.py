@@ -1,0 +1,270 @@
+"""The VVU function's side towards its sibling: a vhost-user back-end that passes messages on to the driver.
+
+It keeps the file descriptors that come with them, since those cannot cross (contract, "Messages over rxq/txq").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Coroutine
+from typing import Any
+
+from vvupipe.errors import Disconnected, ProtocolError
+from vvupipe.memory.region import close_regions
+from vvupipe.vfio.user_server import is_eventfd
+from vvupipe.vhost_user.messages import (
+    ANSWERED,
+    VRING_INDEX_MASK,
+    Message,
+    ProtocolFeature,
+    Request,
+    pack_u64,
+    unpack,
+    unpack_u64,
+)
+from vvupipe.vhost_user.socket_transport import SocketConnection, SocketTransport
+from vvupipe.vvu import layout
+from vvupipe.vvu.function import VvuFunction
+
+log = logging.getLogger(__name__)
+
+#: what this proxy can carry; the others are masked out of the back-end's answer
+CARRIED = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.STATUS
+)
+_CAUGHT_UP_S = 10.0  # a driver that gives buffers back in batches is not waited for any longer
+_REFUSED = 1
+
+
+class VvuProxy:
+    """Serves siblings at `listening` for `function`, one after another. `run` does the work."""
+
+    def __init__(self, function: VvuFunction, listening: SocketTransport) -> None:
+        self._function = function
+        self._listening = listening
+        self._sibling: SocketConnection | None = None
+        self._sending = asyncio.Lock()
+        self._acks = False
+        self._up = asyncio.Event()
+        self._down = asyncio.Event()
+        self._rx = asyncio.Event()
+        self._tx = asyncio.Event()
+        self._rx_posted = 0
+        function.backend = self
+
+    # What the function tells (function.Backend).
+
+    def backend_up(self) -> None:
+        """A driver is ready."""
+        log.info("%s: the back-end is up", self._function.name)
+        self._down = asyncio.Event()  # of this stay of the back-end; the former one's stays set
+        self._up.set()
+
+    def backend_down(self) -> None:
+        """The driver is gone or not ready."""
+        if self._up.is_set():
+            log.info("%s: the back-end is down", self._function.name)
+        self._up.clear()
+        self._down.set()
+        if self._function.queue(layout.RXQ) is None:
+            self._rx_posted = 0
+        self._forget_sibling()
+        self._rx.set()
+        self._tx.set()
+
+    def notified(self, queue: int) -> None:
+        """Chains are available."""
+        (self._rx if queue == layout.RXQ else self._tx).set()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        transmitting = asyncio.create_task(self._transmit())
+        try:
+            while True:
+                await self._up.wait()
+                down = self._down
+                # What the last sibling left undone must not reach the next one.
+                await self._caught_up()
+                if down.is_set():
+                    continue
+                connection = await _unless(down, self._listening.accept())
+                if connection:
+                    await self._serve(connection, down)
+        finally:
+            transmitting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await transmitting
+
+    async def _serve(self, connection: SocketConnection, down: asyncio.Event) -> None:
+        log.info("%s: sibling connected", self._function.name)
+        self._sibling = connection
+        self._acks = False
+        self._function.set_frontend_up(True)
+        try:
+            await _unless(down, self._receive(connection))
+        except (ProtocolError, OSError) as error:
+            log.warning("%s: sibling dropped: %s", self._function.name, error)
+        finally:
+            self._forget_sibling()
+            connection.shut_down()
+            async with self._sending:  # whoever waits in `send` must wake before the fd goes
+                connection.close()
+        log.info("%s: sibling left", self._function.name)
+        await self._deliver(b"")
+
+    def _forget_sibling(self) -> None:
+        self._sibling = None
+        self._function.shared_memory.clear()
+        self._function.notifications.forget_sibling()
+        self._function.set_frontend_up(False)
+
+    async def _receive(self, connection: SocketConnection) -> None:
+        while (message := await connection.receive()) is not None:
+            log.debug("%s: -> %s, %d bytes", self._function.name, message.name, len(message.payload))
+            try:
+                await self._keep_fds(connection, message)
+            except ProtocolError as error:
+                await self._refuse(connection, message, error)
+                continue
+            finally:
+                message.close_fds()
+            if message.request == Request.SET_PROTOCOL_FEATURES and len(message.payload) == 8:
+                self._acks = bool(unpack_u64(message) & ProtocolFeature.REPLY_ACK)
+            if not await self._deliver(message.pack()):
+                return
+
+    async def _refuse(self, connection: SocketConnection, message: Message, error: ProtocolError) -> None:
+        """What we cannot take never reaches the back-end; the answer is the one that it would give."""
+        if not (message.need_reply and self._acks) or message.request in ANSWERED:
+            raise error
+        log.warning("%s: %s refused: %s", self._function.name, message.name, error)
+        await self._caught_up()  # earlier answers go first
+        async with self._sending:
+            await connection.send(message.reply(pack_u64(_REFUSED)))
+
+    async def _keep_fds(self, connection: SocketConnection, message: Message) -> None:
+        """Take over what comes with a message. Raises: ProtocolError when it does not fit the message."""
+        function = self._function
+        if message.request == Request.SET_MEM_TABLE:
+            if function.shared_memory.areas:
+                await self._caught_up()  # the driver may still be asking for the areas of the former table
+            regions = connection.memory_regions(message)
+            try:
+                function.shared_memory.fill(regions)
+            finally:
+                close_regions(regions)
+        elif message.request in {Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR}:
+            index = unpack_u64(message) & VRING_INDEX_MASK
+            if index >= function.notifications.count:
+                return  # the back-end's answer tells that there is no such vring
+            if any(not is_eventfd(fd) for fd in message.fds):
+                raise ProtocolError(f"{message.name} with a file descriptor that is no eventfd")
+            for fd in message.fds:
+                os.set_blocking(fd, False)
+            if message.request == Request.SET_VRING_KICK:
+                function.notifications.set_kick(index, connection.kick(message))
+            elif message.request == Request.SET_VRING_CALL:
+                function.notifications.set_call(index, connection.call(message))
+            else:
+                function.notifications.set_err(index, connection.err(message))
+
+    # rxq
+
+    async def _deliver(self, data: bytes) -> bool:
+        """Put one message (or the zero-length one) on the rxq. False when the driver is gone."""
+        while (queue := self._function.queue(layout.RXQ)) is not None:
+            self._rx.clear()
+            try:
+                self._count_posted()
+                chain = queue.pop()
+                if chain is None:
+                    await self._rx.wait()
+                    continue
+                written = chain.write(data)
+            except ProtocolError as error:
+                self._function.fail(error)
+                return False
+            if queue.push(chain.head, written):
+                self._function.interrupt_queue(layout.RXQ)
+            return True
+        return False
+
+    def _count_posted(self) -> int:
+        queue = self._function.queue(layout.RXQ)
+        available = queue.available if queue else 0
+        self._rx_posted = max(self._rx_posted, available)
+        return available
+
+    async def _caught_up(self) -> None:
+        """Return once the driver has given back every rx buffer that we filled, so has dealt with the messages."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CAUGHT_UP_S):
+                while self._function.queue(layout.RXQ):
+                    self._rx.clear()
+                    try:
+                        if self._count_posted() >= self._rx_posted:
+                            return
+                    except ProtocolError as error:
+                        self._function.fail(error)
+                        return
+                    await self._rx.wait()
+                return
+        log.warning("%s: the driver has not given its buffers back for %.0f s", self._function.name, _CAUGHT_UP_S)
+
+    # txq
+
+    async def _transmit(self) -> None:
+        """Send what the driver puts on the txq to the sibling of the moment; without one it is dropped."""
+        while True:
+            await self._tx.wait()
+            self._tx.clear()
+            while (queue := self._function.queue(layout.TXQ)) is not None:
+                try:
+                    chain = queue.pop()
+                except ProtocolError as error:
+                    self._function.fail(error)
+                    break
+                if chain is None:
+                    break
+                await self._send(chain.read())
+                # The driver may have reset the function meanwhile.
+                if self._function.queue(layout.TXQ) is queue and queue.push(chain.head, 0):
+                    self._function.interrupt_queue(layout.TXQ)
+
+    async def _send(self, data: bytes) -> None:
+        try:
+            message = unpack(data)
+        except ProtocolError as error:
+            log.error("%s: the driver sent no vhost-user message: %s", self._function.name, error)
+            return
+        if message.request == Request.GET_PROTOCOL_FEATURES and message.is_reply and len(message.payload) == 8:
+            message.payload = pack_u64(unpack_u64(message) & CARRIED)
+        async with self._sending:
+            sibling = self._sibling
+            if sibling is None:
+                log.debug("%s: %s came after the sibling left", self._function.name, message.name)
+                return
+            with contextlib.suppress(Disconnected):  # `_receive` sees its end too
+                await sibling.send(message)
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> Any:
+    """The work's result, or None when `event` comes first and the work is cancelled."""
+    task = asyncio.create_task(work)
+    waiting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+    return None if task.cancelled() else task.result()
