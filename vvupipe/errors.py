@@ -1,11 +1,11 @@
 """The exceptions of the control plane.
 
-    VvupipeError
-    ├── UserError       what the user asked for cannot be done; one line, exit status 2
-    ├── ProtocolError   a peer broke its protocol; its session ends, the service goes on
-    │   └── Disconnected    the peer went away in the middle of a message or an exchange
-    ├── TransportError  the carrier (VFIO function, socket) failed under us
-    └── WorkerError     a worker process failed or did not answer
+VvupipeError
+├── UserError       what the user asked for cannot be done; one line, exit status 2
+├── ProtocolError   a peer broke its protocol; its session ends, the service goes on
+│   └── Disconnected    the peer went away in the middle of a message or an exchange
+├── TransportError  the carrier (VFIO function, socket) failed under us
+└── WorkerError     a worker process failed or did not answer
 """
 
 __all__ = ["Disconnected", "ProtocolError", "TransportError", "UserError", "VvupipeError", "WorkerError"]

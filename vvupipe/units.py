@@ -28,13 +28,11 @@ def parse_duration(text: str) -> float:
 
 def human_bytes(count: float) -> str:
     """ "512 MiB", "1.5 GiB", "0 B"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
         count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:.0f} {unit}" if count == int(count) else f"{count:.2f} {unit}"
+        units.pop(0)
+    return f"{count:.0f} {units[0]}" if count == int(count) else f"{count:.2f} {units[0]}"
 
 
 def human_ns(duration_ns: float) -> str:

@@ -23,5 +23,7 @@ def image(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backend(carrier, image, tmp_path_factory):
-    with carrier(tmp_path_factory.mktemp("backend"), image, "--serial", "conformance-1", "--num-queues", "4") as running:
+    with carrier(
+        tmp_path_factory.mktemp("backend"), image, "--serial", "conformance-1", "--num-queues", "4"
+    ) as running:
         yield running

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.mock import frontend as fe
-from tests.mock.blk_driver import FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, BlkDriver, started_disk
+from tests.mock.blk_driver import GET_ID, IN, IOERR, OK, OUT, UNSUPP, BlkDriver, started_disk
 from tests.mock.driver_ring import F_INDIRECT, F_NEXT, F_WRITE, DriverRing
 from tests.mock.guest_memory import GuestMemory
 
@@ -180,7 +180,11 @@ def _chain(plain, chain):
 
 ONE_REQUEST_AT_FAULT = {
     "buffer outside of memory": lambda d: [(d.header, 16, False), (1 << 40, 512, True), (d.status, 1, True)],
-    "buffer that runs out of memory": lambda d: [(d.header, 16, False), ((8 << 20) - 256, 512, True), (d.status, 1, True)],
+    "buffer that runs out of memory": lambda d: [
+        (d.header, 16, False),
+        ((8 << 20) - 256, 512, True),
+        (d.status, 1, True),
+    ],
     "address that wraps": lambda d: [(d.header, 16, False), ((1 << 64) - 256, 512, True), (d.status, 1, True)],
     "header outside of memory": lambda d: [(1 << 40, 16, False), (d.buffer, 512, True), (d.status, 1, True)],
     "header too short": lambda d: [(d.header, 8, False), (d.buffer, 512, True), (d.status, 1, True)],
@@ -356,5 +360,3 @@ def test_random_nonsense_in_descriptors_never_ends_the_back_end(backend):
     with started_disk(backend.socket) as (_, disk):
         assert disk.read(0, 512)
     assert backend.process.poll() is None
-
-

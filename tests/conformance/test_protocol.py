@@ -148,9 +148,7 @@ def test_memory_table_longer_than_its_file_is_refused(backend, frontend):
     frontend.negotiate()
     memory = GuestMemory(((0, 4096),))
     with pytest.raises((fe.Refused, ConnectionResetError)):
-        frontend.tell(
-            fe.SET_MEM_TABLE, struct.pack("=IIQQQQ", 1, 0, 0, 1 << 30, 0, 0), [memory.regions[0][3]]
-        )
+        frontend.tell(fe.SET_MEM_TABLE, struct.pack("=IIQQQQ", 1, 0, 0, 1 << 30, 0, 0), [memory.regions[0][3]])
     memory.close()
     frontend.close()
     with started_disk(backend.socket) as (_, disk):
@@ -224,7 +222,6 @@ def test_several_vrings_at_once(backend):
 
 
 def test_call_eventfd_can_change_while_the_ring_runs(backend):
-
 
     with started_disk(backend.socket) as (frontend, disk):
         disk.read(0, 512)

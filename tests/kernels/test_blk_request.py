@@ -1,5 +1,6 @@
 """Splitting a request into header, data and status, however the driver spread it."""
 
+import itertools
 import struct
 
 import numpy as np
@@ -26,7 +27,7 @@ def test_any_split_gives_the_same_request(data, sent, room):
     rows = []
     for buffer in (outgoing, incoming):
         points = data.draw(cuts(len(buffer)))
-        rows += [(buffer.ctypes.data + a, b - a) for a, b in zip(points, points[1:], strict=False)]
+        rows += [(buffer.ctypes.data + a, b - a) for a, b in itertools.pairwise(points)]
         if buffer is outgoing:
             readable = len(rows)
     segments = np.array(rows, np.uint64).reshape(-1, 2)

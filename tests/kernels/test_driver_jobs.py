@@ -182,6 +182,13 @@ def test_verify_finds_a_write_that_went_elsewhere(bench):
     assert bench.record[0]["mismatches"] >= 1
 
 
+def test_verify_finds_a_read_that_was_not_delivered(bench):
+    """With one block and one buffer, what was written is still in memory when it is read back."""
+    bench.device.delivers = False
+    assert verify(bench, blocks=1) == layout.DONE
+    assert bench.record[0]["mismatches"] == 1
+
+
 def test_verify_finds_a_block_of_the_pass_before(bench):
     """A second pass whose writes are lost reads the first one's blocks."""
     written = []

@@ -11,7 +11,7 @@ class BlkDevice:
     """Serves one ring from `ram` (a writable buffer, guest-physical 0 first). Addresses are guest-physical.
 
     Hooks: `status(kind, sector)` gives the status byte, or None to write none; `used(head, written)` gives the used
-    elements to write; `jump` is added to used.idx.
+    elements to write; `jump` is added to used.idx; `delivers` False: data that was read is not written to memory.
     """
 
     def __init__(self, ram, image, desc, avail, used, size, event_idx=False, start=0):
@@ -21,6 +21,7 @@ class BlkDevice:
         self.status = lambda kind, sector: OK
         self.used = lambda head, written: [(head, written)]
         self.jump = 0
+        self.delivers = True
         self.taken = []
         self.log = []
 
@@ -76,7 +77,8 @@ class BlkDevice:
                 self.image[offset : offset + length] = self.ram[gpa : gpa + length]
             else:
                 content = b"mock-disk".ljust(20, b"\0") if kind == GET_ID else self.image[offset : offset + length]
-                self.ram[gpa : gpa + length] = content
+                if self.delivers:
+                    self.ram[gpa : gpa + length] = content
                 written += length
             offset += length
         if code is not None:

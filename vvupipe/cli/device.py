@@ -64,7 +64,19 @@ def block(
     cpu_list = check_cpus(cpus)
     return asyncio.run(
         _serve_block(
-            image, socket, fd, vfio, vm, read_only, cpu_list, num_queues, queue_size, block_size, serial, spin_us, as_json
+            image,
+            socket,
+            fd,
+            vfio,
+            vm,
+            read_only,
+            cpu_list,
+            num_queues,
+            queue_size,
+            block_size,
+            serial,
+            spin_us,
+            as_json,
         )
     )
 

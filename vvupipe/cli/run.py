@@ -12,35 +12,65 @@ import click
 from vvupipe.cli.parameters import CPU_LIST, DURATION, SIZE, check_cpus, json_option, set_up_logging, verbose_option
 from vvupipe.errors import UserError
 
-_DEFAULT_MEM_MIB = 256
+_DEFAULT_MEM_MIB = 128
 _WORKLOADS = ("randread", "randwrite", "read", "write", "randrw", "rw", "verify")
 
 
 @click.command()
 @click.argument("kernel", required=False, type=click.Path(path_type=Path))
-@click.option("--vvu-proxy", "proxies", multiple=True, metavar="SOCK[,addr=ADDR][,uuid=UUID]",
-              help="Device VM: give it a VVU function whose sibling connects at SOCK.")
-@click.option("--vhost-user-blk", "disks", multiple=True, metavar="SOCK[,num-queues=N]",
-              help="Sibling VM: a virtio-blk disk served by the vhost-user back-end at SOCK.")
+@click.option(
+    "--vvu-proxy",
+    "proxies",
+    multiple=True,
+    metavar="SOCK[,addr=ADDR][,uuid=UUID]",
+    help="Device VM: give it a VVU function whose sibling connects at SOCK.",
+)
+@click.option(
+    "--vhost-user-blk",
+    "disks",
+    multiple=True,
+    metavar="SOCK[,num-queues=N]",
+    help="Sibling VM: a virtio-blk disk served by the vhost-user back-end at SOCK.",
+)
 @click.option("--name", help="Name of the VM.  [default: vm0, vm1, ...]")
-@click.option("--mem", type=click.IntRange(16), help="Guest RAM in MiB.  [default: 256; with KERNEL 512]")
+@click.option("--mem", type=click.IntRange(16), help="Guest RAM in MiB.  [default: 128; with KERNEL 512]")
 @click.option("--cpus", help="CPUs to pin vCPU processes to, as 0,2-3; with KERNEL the number of vCPUs.")
 @click.option("--timeout", type=DURATION, help="How long to wait for a back-end.  [default: for ever]")
 @click.option("--initrd", type=click.Path(path_type=Path), help="With KERNEL: its initramfs.")
 @click.option("-p", "--params", multiple=True, help="With KERNEL: kernel parameters, may be repeated.")
-@click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", show_default=True,
-              help="With KERNEL: how QEMU runs the guest.")
+@click.option(
+    "--accel",
+    type=click.Choice(["auto", "kvm", "tcg"]),
+    default="auto",
+    show_default=True,
+    help="With KERNEL: how QEMU runs the guest.",
+)
 @click.option("--qemu", help="With KERNEL: the QEMU binary.  [default: qemu-system-x86_64 of the PATH]")
 @click.option("--workload", type=click.Choice(_WORKLOADS), help="Embedded sibling: what its driver does.")
 @click.option("--bs", type=SIZE, default="4k", show_default=True, help="Workload: bytes per request.")
-@click.option("--iodepth", type=click.IntRange(1, 1024), default=32, show_default=True,
-              help="Workload: requests in flight, for each job.")
+@click.option(
+    "--iodepth",
+    type=click.IntRange(1, 1024),
+    default=32,
+    show_default=True,
+    help="Workload: requests in flight, for each job.",
+)
 @click.option("--runtime", type=DURATION, help="Workload: how long.  [default: once over --size, random ones 5s]")
 @click.option("--size", type=SIZE, help="Workload: the first bytes of the disk to work on.  [default: all]")
-@click.option("--numjobs", type=click.IntRange(1, 64), default=1, show_default=True,
-              help="Workload: vCPU processes, each with a vring of its own.")
-@click.option("--rwmixread", type=click.IntRange(0, 100), default=50, show_default=True,
-              help="Workload rw and randrw: percentage of reads.")
+@click.option(
+    "--numjobs",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Workload: vCPU processes, each with a vring of its own.",
+)
+@click.option(
+    "--rwmixread",
+    type=click.IntRange(0, 100),
+    default=50,
+    show_default=True,
+    help="Workload rw and randrw: percentage of reads.",
+)
 @click.option("--copy-out", type=click.Path(path_type=Path), help="Embedded sibling: copy the whole disk to a file.")
 @click.option("--copy-in", type=click.Path(path_type=Path), help="Embedded sibling: copy a file over the whole disk.")
 @click.option("--sha256", is_flag=True, help="Embedded sibling: read the whole disk and print its sha256.")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+import time
+from pathlib import Path
 
 import posix_ipc
 
 from vvupipe.errors import UserError
 
 PREFIX = "/vvupipe-"  #: every name of ours begins so, which lets a later start find what a killed one left
+
+_FOLDER = Path("/dev/shm")  # where glibc's shm_open keeps them
+_YOUNG_S = 5.0
 
 
 def create_unnamed(size_bytes: int) -> int:
@@ -28,14 +34,45 @@ def create_unnamed(size_bytes: int) -> int:
 
 
 def create_named(name: str, size_bytes: int) -> int:
-    """An fd of new, zeroed shared memory called `name` (which begins with PREFIX).
+    """An fd of new, zeroed shared memory called `name` (which begins with PREFIX), locked as long as it is open.
 
     Raises: posix_ipc.ExistentialError when the name is taken, UserError when there is no room.
     """
-    return _create(name, size_bytes)
+    fd = _create(name, size_bytes)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
+
+
+def remove_stale() -> list[str]:
+    """Remove this user's named objects whose owner was killed, and return their names."""
+    removed = []
+    for path in _FOLDER.glob(f"{PREFIX[1:]}{os.getuid()}-*"):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue  # its owner was quicker
+        try:
+            # Between its creation and its lock an object is young.
+            if time.time() - os.fstat(fd).st_ctime > _YOUNG_S:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                unlink(f"/{path.name}")
+                removed.append(path.name)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(fd)
+    return removed
 
 
 def _create(name: str, size_bytes: int) -> int:
+    # The memory is given page by page when it is touched; without room for all of it that would end in a SIGBUS.
+    space = os.statvfs(_FOLDER)
+    free_bytes = space.f_bavail * space.f_frsize
+    if size_bytes > free_bytes:
+        raise UserError(
+            f"no room for {size_bytes >> 20} MiB of shared memory, {_FOLDER} has {free_bytes >> 20} MiB free: "
+            "use a smaller --mem or enlarge it"
+        )
     shared = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
     try:
         os.ftruncate(shared.fd, size_bytes)

@@ -215,9 +215,7 @@ class Session:
     async def _set_vring_err(self, message: Message) -> None:
         await self._set_doorbell(message, "err", self._connection.err)
 
-    async def _set_doorbell(
-        self, message: Message, which: str, obtain: Callable[[Message], Doorbell | None]
-    ) -> None:
+    async def _set_doorbell(self, message: Message, which: str, obtain: Callable[[Message], Doorbell | None]) -> None:
         vring = self._vring(unpack_u64(message) & VRING_INDEX_MASK)
         doorbell = obtain(message)
         vring.set_doorbell(which, doorbell)
@@ -301,4 +299,3 @@ async def serve(connection: Connection, device: Device) -> None:
         log.warning("front-end dropped: %s", error)
     finally:
         await session.close()
-

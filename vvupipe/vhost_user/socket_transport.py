@@ -23,6 +23,7 @@ from vvupipe.vhost_user.messages import (
     unpack_u64,
 )
 
+_FILE_END = 1 << 63  # off_t is signed
 _BACKLOG = 16  # front-ends that may wait for their turn
 
 
@@ -136,7 +137,9 @@ class SocketConnection:
 
 
 def check_backing(fd: int, needed_bytes: int) -> None:
-    """Raises: ProtocolError when a regular file is too short for the region that it shall back."""
+    """Raises: ProtocolError when a region ends beyond any file, or a regular file is too short for it."""
+    if needed_bytes >= _FILE_END:
+        raise ProtocolError(f"memory region ends at byte {needed_bytes}, where no file ends")
     status = os.fstat(fd)
     if stat.S_ISREG(status.st_mode) and status.st_size < needed_bytes:
         raise ProtocolError(f"memory region ends at byte {needed_bytes} of a file of {status.st_size}")

@@ -116,8 +116,6 @@ class DeviceVm:
         self._stack.close()
 
     def _start(self) -> None:
-        from vvupipe.vvu.proxy import VvuProxy
-
         ram_bytes = self.options.mem_mib << 20
         if ram_bytes < _RAM_MIN_BYTES:
             raise UserError(f"--mem {self.options.mem_mib}: a device VM needs {_RAM_MIN_BYTES >> 20} MiB or more")

@@ -149,6 +149,8 @@ def _is_held(path: Path) -> bool:
 
 
 def _remove_stale(base: Path) -> None:
+    for name in shared.remove_stale():
+        log.info("removed the shared memory %s of a killed VM", name)
     for path in _folders(base):
         if _is_held(path):
             continue

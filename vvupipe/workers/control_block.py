@@ -29,7 +29,7 @@ class VringCounters:
 
 
 class ControlBlock:
-    """`workers` and `vrings` are record arrays on the shared memory behind `fd`; the layout is kernels/control_block.py.
+    """`workers` and `vrings` are record arrays on the shared memory behind `fd` (layout: kernels/control_block.py).
 
     Raises: UserError when there is no room for a new block.
     """

@@ -179,9 +179,7 @@ class WorkerPool:
             if self._closing:
                 raise WorkerError("the back-end is closing")
             while True:
-                handle = await WorkerHandle.spawn(
-                    self._device.module, partial(self.block.raise_attention, slot.index)
-                )
+                handle = await WorkerHandle.spawn(self._device.module, partial(self.block.raise_attention, slot.index))
                 try:
                     await self._bring_up(slot, handle)
                     break

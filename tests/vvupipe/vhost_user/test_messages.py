@@ -47,9 +47,7 @@ def test_vring_address(fields):
 @given(st.lists(st.tuples(U64, U64, U64, U64), min_size=1, max_size=8))
 def test_memory_table(rows):
     payload = struct.pack("=II", len(rows), 0) + b"".join(struct.pack("=QQQQ", *row) for row in rows)
-    possible = all(
-        size and max(gpa, uva, offset) + size <= 1 << 64 for gpa, size, uva, offset in rows
-    )
+    possible = all(size and max(gpa, uva, offset) + size <= 1 << 64 for gpa, size, uva, offset in rows)
     if not possible:
         with pytest.raises(ProtocolError):
             wire.unpack_memory_table(wire.Message(5, payload))

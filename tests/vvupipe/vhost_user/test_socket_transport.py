@@ -136,6 +136,13 @@ def test_regions_that_do_not_fit_their_fds(pair, memfd, regions, fds):
     message.close_fds()
 
 
+def test_region_beyond_any_file_is_refused_whatever_its_fd_is(pair):
+    message = Message(fe.SET_MEM_TABLE, table((0, 4096, 0, 1 << 63)), fds=[os.open("/dev/null", os.O_RDWR)])
+    with pytest.raises(ProtocolError, match="where no file ends"):
+        pair[0].memory_regions(message)
+    message.close_fds()
+
+
 def test_bit_8_means_that_no_fd_comes(pair):
     connection, _ = pair
     message = Message(fe.SET_VRING_KICK, pack_u64(0x100))

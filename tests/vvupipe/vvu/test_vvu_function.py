@@ -4,6 +4,8 @@ import os
 import struct
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vvupipe.vvu.function import VvuFunction
 from vvupipe.vvu.kick_relay import KickRelay
@@ -12,10 +14,15 @@ CONFIG, MSIX = 7, 2
 RAM = 0x100000
 
 
-@pytest.fixture(scope="module")
+SHARED_RELAY = []
+
+
+@pytest.fixture(scope="module", autouse=True)
 def relay():
     relay = KickRelay()
+    SHARED_RELAY.append(relay)  # for tests that hypothesis runs many times
     yield relay
+    SHARED_RELAY.clear()
     relay.close()
 
 
@@ -255,3 +262,32 @@ def test_client_that_left_leaves_a_function_as_new(function, ram):
     function.client_left()
     assert function.backend.events[-1] == "down"
     assert (get(function, 0, 20, 1), get(function, 0, 0x2000, 4), get(function, CONFIG, 4, 2)) == (0, 0, 0)
+
+
+ACCESS = st.tuples(
+    st.sampled_from([0, 0, 0, 2, 7]),
+    st.one_of(st.integers(0, 64), st.integers(0x1FFC, 0x3010), st.integers(0, 0x3FF8)),
+    st.sampled_from([1, 2, 4, 8]),
+    st.one_of(st.integers(0, 255), st.just(RAM), st.integers(0, (1 << 64) - 1)),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(ACCESS, max_size=60), st.booleans())
+def test_no_register_access_does_worse_than_a_reset_can_mend(accesses, started):
+    relay = SHARED_RELAY[0]
+    function = VvuFunction("f", relay)
+    function.backend = Told()
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, 1 << 20)
+    function.dma.map(RAM, 1 << 20, fd, 0, writable=True)
+    os.close(fd)
+    if started:
+        assert start(function) == 15
+    for region, offset, width, value in accesses:
+        if offset + width <= function.region(region).size_bytes:
+            assert len(function.read(region, offset, width)) == width
+            put(function, region, offset, width, value & ((1 << 8 * width) - 1))
+    put(function, 0, 20, 1, 0)
+    assert start(function) == 15
+    function.close()

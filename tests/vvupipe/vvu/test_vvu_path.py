@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import random
 import select
 import socket
 import struct
@@ -385,3 +386,51 @@ def test_socket_file_is_private(vm):
     assert os.stat(vm.socket).st_mode & 0o777 == 0o600
     with socket.socket(socket.AF_UNIX) as probe:
         probe.connect(str(vm.socket))
+
+
+def test_random_messages_with_random_fds_hurt_nobody(vm):
+    rng = random.Random(7)
+
+    async def babble():
+        frontend = await asyncio.to_thread(fe.Frontend, vm.socket)
+        fds = [os.eventfd(0), os.memfd_create("m"), os.open("/dev/null", os.O_RDWR), *os.pipe()]
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(rng.randrange(1, 8)):
+                payload = rng.choice([rng.randbytes(rng.randrange(60)), pack_u64(rng.randrange(300)), table()])
+                some = rng.sample(fds, rng.randrange(4))
+                await asyncio.to_thread(frontend.send, rng.randrange(42), payload, some, rng.choice([1, 1, 9, 5]))
+        for fd in fds:
+            os.close(fd)
+        frontend.close()
+
+    def table():
+        count = rng.randrange(4)
+        return struct.pack("=II", count, 0) + b"".join(
+            struct.pack("=QQQQ", *(rng.choice([0, 4096, 1 << 20, (1 << 64) - 1]) for _ in range(4)))
+            for _ in range(count)
+        )
+
+    async def serve(transport):
+        while True:
+            connection = await transport.accept()
+            while await connection.receive() is not None:
+                pass
+            connection.close()
+
+    async def test():
+        with opened(vm) as transport:
+            serving = asyncio.create_task(serve(transport))
+            for _ in range(60):
+                await babble()
+                assert not serving.done()
+            await asyncio.sleep(0.3)
+            serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+            frontend, connection = await connect(vm, transport)
+            assert await ask(frontend, connection, fe.GET_FEATURES, pack_u64(1)) == pack_u64(1)
+            frontend.close()
+
+    run(test)
+    fds = os.listdir(f"/proc/{vm.process.pid}/fd")
+    assert len(fds) < 40  # nothing of what came stayed open

@@ -14,6 +14,4 @@ assert _LAYOUT.size == 36
 
 def pack(size_bytes: int, block_size_bytes: int, seg_max: int, num_queues: int) -> bytes:
     """The space of a disk without topology or geometry; `writeback` says 1, which FLUSH implies."""
-    return _LAYOUT.pack(
-        size_bytes // SECTOR_BYTES, 0, seg_max, 0, 0, 0, block_size_bytes, 0, 0, 0, 0, 1, 0, num_queues
-    )
+    return _LAYOUT.pack(size_bytes // SECTOR_BYTES, 0, seg_max, 0, 0, 0, block_size_bytes, 0, 0, 0, 0, 1, 0, num_queues)

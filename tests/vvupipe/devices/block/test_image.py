@@ -39,7 +39,7 @@ def test_serial_is_the_same_for_the_same_file(image, tmp_path):
     [
         (lambda path: None, "no such image"),
         (lambda path: path.mkdir(), "is a folder"),
-        (lambda path: os.mkfifo(path), "neither a regular file nor a block device"),
+        (os.mkfifo, "neither a regular file nor a block device"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.write_bytes(bytes(1000)), "not a multiple of the block size 512.*truncate -s 1024"),
     ],
