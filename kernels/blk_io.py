@@ -6,7 +6,9 @@ from numba import int32, int64, uint64
 from kernels.blk_request import total_bytes
 from kernels.jit import kernel
 from kernels.memory import (
+    EINTR,
     copy_bytes,
+    last_errno,
     libc_fdatasync,
     libc_preadv,
     libc_pwritev,
@@ -69,6 +71,8 @@ def transfer(disk, segments, first, end, offset, writing):
         iovec = uint64(segments.ctypes.data) + uint64(16) * uint64(first)
         parts = int32(min(end - first, _IOV_MAX))
         done = libc_pwritev(fd, iovec, parts, offset) if writing else libc_preadv(fd, iovec, parts, offset)
+        if done < 0 and last_errno() == EINTR:
+            continue
         if done <= 0:
             return ERR_IO
         offset += done

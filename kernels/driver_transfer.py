@@ -1,7 +1,7 @@
 """Moving one window of consecutive sectors between the disk, guest memory and (if wanted) a file of the host."""
 
 import numpy as np
-from numba import int32, int64, types, uint32, uint64
+from numba import int32, int64, uint32, uint64
 
 from kernels.driver_blk import check_status, show
 from kernels.driver_layout import COMMAND, DONE, ERR_FILE
@@ -9,12 +9,10 @@ from kernels.driver_ring import count_used, put_request, take_used
 from kernels.driver_wait import command_waiting, forget_idling, wait_a_little
 from kernels.driver_workload import begin
 from kernels.jit import kernel
-from kernels.memory import libc_pread, libc_pwrite, load_u32, monotonic_ns
+from kernels.memory import EINTR, last_errno, libc_pread, libc_pwrite, monotonic_ns
 from kernels.virtio_layout import BLK_T_IN, BLK_T_OUT, SECTOR_SHIFT
 
-_errno_location = types.ExternalFunction("__errno_location", types.uint64())
 _ZERO = np.uint64(0)
-_EINTR = 4
 
 
 @kernel
@@ -24,8 +22,8 @@ def file_io(job, record, address, length, offset, writing):
     while length > _ZERO:
         done = libc_pwrite(fd, address, length, offset) if writing else libc_pread(fd, address, length, offset)
         if done <= 0:
-            code = int64(load_u32(_errno_location())) if done < 0 else int64(0)
-            if code == _EINTR:
+            code = last_errno() if done < 0 else int64(0)
+            if code == EINTR:
                 continue
             record.file_errno = code
             return False

@@ -138,9 +138,19 @@ libc_sched_yield = types.ExternalFunction("sched_yield", types.int32())
 libc_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.uint64))
 libc_epoll_wait = types.ExternalFunction("epoll_wait", types.int32(types.int32, types.uint64, types.int32, types.int32))
 end_process = types.ExternalFunction("_exit", types.void(types.int32))
+_errno_location = types.ExternalFunction("__errno_location", types.uint64())
 libc_mmap = types.ExternalFunction(
     "mmap", types.uint64(types.uint64, types.uint64, types.int32, types.int32, types.int32, types.int64)
 )
+
+
+EINTR = 4  # <errno.h>
+
+
+@kernel
+def last_errno():
+    """errno of the libc call that just failed in this thread."""
+    return types.int64(load_u32(_errno_location()))
 
 
 @kernel

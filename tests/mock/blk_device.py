@@ -16,6 +16,8 @@ class BlkDevice:
 
     def __init__(self, ram, image, desc, avail, used, size, event_idx=False, start=0):
         self.ram, self.image, self.size = ram, image, size
+        # One store for each index: struct.pack_into zeroes a field before it fills it, which the driver would see.
+        self._words = memoryview(ram).cast("H")
         self.desc, self.avail, self.used_ring, self.event_idx = desc, avail, used, event_idx
         self.last_avail = self.used_idx = start
         self.status = lambda kind, sector: OK
@@ -30,18 +32,18 @@ class BlkDevice:
         return values[0] if len(values) == 1 else values
 
     def _put(self, layout, gpa, *values):
-        struct.pack_into(layout, self.ram, gpa, *values)
+        self.ram[gpa : gpa + struct.calcsize(layout)] = struct.pack(layout, *values)
 
     def take(self):
         """Take every chain that is available into `taken`; returns how many there were."""
-        idx = self._get("<H", self.avail + 2)
+        idx = self._words[(self.avail + 2) // 2]
         count = 0
         while self.last_avail != idx:
             self.taken.append(self._get("<H", self.avail + 4 + 2 * (self.last_avail % self.size)))
             self.last_avail = (self.last_avail + 1) & 0xFFFF
             count += 1
         if self.event_idx:
-            self._put("<H", self.used_ring + 4 + 8 * self.size, self.last_avail)
+            self._words[(self.used_ring + 4 + 8 * self.size) // 2] = self.last_avail
         return count
 
     def _chain(self, head):
@@ -88,7 +90,7 @@ class BlkDevice:
             self.used_idx = (self.used_idx + 1) & 0xFFFF
 
     def publish(self):
-        self._put("<H", self.used_ring + 2, (self.used_idx + self.jump) & 0xFFFF)
+        self._words[(self.used_ring + 2) // 2] = (self.used_idx + self.jump) & 0xFFFF
 
     def serve(self):
         """Take and complete all there is; returns how many. Looks again after avail_event was written (2.7.10)."""

@@ -123,7 +123,7 @@ def test_no_such_vm(vvupipe, image):
 
 
 def test_no_vm_at_all(vvupipe, image):
-    assert_refused(vvupipe("device", "block", "--file", image, "--vfio", "0000:00:10.0"), "0000:00:10.0")
+    assert_refused(vvupipe("device", "block", "--file", image, "--vfio", "0000:00:10.0"), "vvupipe run --vvu-proxy")
 
 
 @pytest.mark.parametrize("option", ["s,addr", "s,addr=zz", "s,foo=1", ",addr=0000:00:10.0", "s,uuid=1"])
