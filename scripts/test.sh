@@ -16,10 +16,8 @@ install_system_packages() {
         echo "Not root: tests that need these packages are skipped:" $missing >&2
         return 0
     fi
-    echo "Installing" $missing "..." >&2
-    apt-get update -qq >&2
     # shellcheck disable=SC2086
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    install_packages $missing
 }
 
 if command -v dpkg-query >/dev/null; then

@@ -6,8 +6,25 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VVUPIPE_VENV:-$ROOT/.venv}
 
+can_install() {
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null
+}
+
+install_packages() {
+    echo "Installing $* ..." >&2
+    apt-get update -qq >&2
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+have_python() {
+    ${VVUPIPE_PYTHON:-python3} -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
 find_python() {
     local candidate
+    if ! have_python && can_install; then
+        install_packages python3 python3-venv
+    fi
     for candidate in ${VVUPIPE_PYTHON:-} python3 python3.13 python3.12 python3.11; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$candidate"
@@ -49,9 +66,8 @@ make_venv_without_ensurepip() {
         PYTHONPATH="$ROOT/.venv-tool" "$base" -m virtualenv "$VENV" >/dev/null 2>&1; then
         return
     fi
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        apt-get update -qq >&2
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv >&2
+    if can_install; then
+        install_packages python3-venv
         "$base" -m venv "$VENV"
         return
     fi

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -13,8 +14,8 @@ PCI_ADDRESS = "0000:00:10.0"
 class Backend:
     """A running `vvupipe device block`; `socket` is where front-ends connect."""
 
-    def __init__(self, process, socket, log_path):
-        self.process, self.socket, self._log_path = process, socket, log_path
+    def __init__(self, process, path, log_path):
+        self.process, self.socket, self._log_path = process, path, log_path
 
     def log(self):
         return self._log_path.read_text()
@@ -26,7 +27,7 @@ class Backend:
         return [int(line.split()[0]) for line in children.splitlines() if "block.worker" in line]
 
 
-def start(arguments, log_path, environment):
+def start(arguments, log_path, environment, pass_fds=()):
     """Start a vvupipe command, wait for its first line of JSON, and give (process, that line)."""
     with open(log_path, "w") as log:
         process = subprocess.Popen(
@@ -34,6 +35,7 @@ def start(arguments, log_path, environment):
             stdout=subprocess.PIPE,
             stderr=log,
             env=environment,
+            pass_fds=pass_fds,
             text=True,
         )
     line = process.stdout.readline()
@@ -57,25 +59,43 @@ def stop(process):
 
 @contextlib.contextmanager
 def on_socket(folder, image, *options):
-    socket = folder / "blk.sock"
+    path = folder / "blk.sock"
     process, _ = start(
-        ["device", "block", "--file", image, "--socket", socket, "--json", "-v", *options],
+        ["device", "block", "--file", image, "--socket", path, "--json", "-v", *options],
         folder / "backend.log",
         dict(os.environ),
     )
     try:
-        yield Backend(process, socket, folder / "backend.log")
+        yield Backend(process, path, folder / "backend.log")
     finally:
         stop(process)
-    assert not socket.exists()
+    assert not path.exists()
+
+
+@contextlib.contextmanager
+def on_inherited_socket(folder, image, *options):
+    path = folder / "inherited.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        process, _ = start(
+            ["device", "block", "--file", image, "--fd", listening.fileno(), "--json", "-v", *options],
+            folder / "backend.log",
+            dict(os.environ),
+            [listening.fileno()],
+        )
+    try:
+        yield Backend(process, path, folder / "backend.log")
+    finally:
+        stop(process)
 
 
 @contextlib.contextmanager
 def on_vvu(folder, image, *options):
-    socket = folder / "vvu.sock"
+    path = folder / "vvu.sock"
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
     vm, _ = start(
-        ["run", "--vvu-proxy", f"{socket},addr={PCI_ADDRESS}", "--name", "dev", "--json", "-v"],
+        ["run", "--vvu-proxy", f"{path},addr={PCI_ADDRESS}", "--name", "dev", "--json", "-v"],
         folder / "vm.log",
         environment,
     )
@@ -86,12 +106,12 @@ def on_vvu(folder, image, *options):
             environment,
         )
         try:
-            yield Backend(process, socket, folder / "backend.log")
+            yield Backend(process, path, folder / "backend.log")
         finally:
             stop(process)
     finally:
         stop(vm)
-    assert not socket.exists()
+    assert not path.exists()
 
 
-CARRIERS = {"socket": on_socket, "vvu": on_vvu}
+CARRIERS = {"socket": on_socket, "fd": on_inherited_socket, "vvu": on_vvu}

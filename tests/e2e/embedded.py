@@ -21,7 +21,7 @@ class Scene:
         self._started = []
 
     def start(self, *arguments, ready=True):
-        """A long-running command; with `ready`, its first line has come."""
+        """A long-running command; with `ready`, it has said so."""
         process = subprocess.Popen(
             [sys.executable, "-m", "vvupipe", *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -31,8 +31,11 @@ class Scene:
         )
         self._started.append(process)
         if ready:
-            first = process.stdout.readline()
-            assert '"ready"' in first, first + process.stdout.read()
+            said = ""
+            while '"ready"' not in said:
+                line = process.stdout.readline()
+                assert line, said
+                said += line
         return process
 
     def run(self, *arguments, timeout=60):

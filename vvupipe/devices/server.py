@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 from typing import Any, Protocol
 
 from vvupipe.errors import TransportError
@@ -18,6 +19,8 @@ from vvupipe.vhost_user.transport import Transport
 from vvupipe.workers.control_block import VringCounters
 
 log = logging.getLogger(__name__)
+
+_COMPILING_S = 2.0  # a start from the cache takes about half a second; what takes longer is worth a line
 
 
 class ServedDevice(Device, Protocol):
@@ -44,7 +47,9 @@ async def run(device: ServedDevice, transport: Transport, events: EventPrinter) 
         loop.add_signal_handler(number, stop.set)
     serving: asyncio.Task[None] | None = None
     try:
+        notice = loop.call_later(_COMPILING_S, _say_compiling)
         await device.start()
+        notice.cancel()
         _announce(device, transport, events)
         serving = asyncio.create_task(_serve_all(device, transport, events))
         stopping = asyncio.create_task(stop.wait())
@@ -64,6 +69,10 @@ async def run(device: ServedDevice, transport: Transport, events: EventPrinter) 
         await device.close()
     events.emit("stopped", "stopped", vrings=_counters(device))
     return 0
+
+
+def _say_compiling() -> None:
+    print("compiling the kernels, which is needed once", file=sys.stderr, flush=True)
 
 
 async def _serve_all(device: ServedDevice, transport: Transport, events: EventPrinter) -> None:
