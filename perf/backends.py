@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 PCI_ADDRESS = "0000:00:10.0"
-VVUPIPE = [sys.executable, "-m", "vvupipe"]
+VVUPIPE = [sys.executable, "-P", "-m", "vvupipe"]
 _START_S = 300  # the first start compiles kernels
 
 Backend = Callable[[Path, Path, int], AbstractContextManager[str]]

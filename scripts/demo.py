@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ADDRESS = "0000:00:10.0"
-VVUPIPE = [sys.executable, "-m", "vvupipe"]
+VVUPIPE = [sys.executable, "-P", "-m", "vvupipe"]
 _SECTOR = 512
 
 

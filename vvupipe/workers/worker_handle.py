@@ -49,7 +49,7 @@ class WorkerHandle:
         try:
             with theirs:
                 process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", module, "--fd", str(theirs.fileno()), "--parent", str(os.getpid())),
+                    *(sys.executable, "-P", "-m", module, "--fd", str(theirs.fileno()), "--parent", str(os.getpid())),
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     env=kernel_cache.environment(),
