@@ -270,6 +270,7 @@ def test_driver_that_breaks_the_ring_is_told_and_can_start_again(backend, case):
         disk.ring.kick()
         assert disk.ring.broken()
         assert frontend.stop_vring(0) == 1
+        assert "vring 0 is stopped until the front-end starts it again" in backend.log()
         fresh = BlkDriver(DriverRing(disk.memory))
         frontend.start_vring(0, fresh.ring)
         assert fresh.read(0, 512) == first

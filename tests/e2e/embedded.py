@@ -17,6 +17,7 @@ class Scene:
     def __init__(self, folder):
         self.folder = folder
         self.socket = folder / "vhost-user.socket"
+        self.name = f"e2e-{os.getpid()}"
         self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
         self._started = []
 
@@ -50,7 +51,7 @@ class Scene:
         )
 
     def device_vm(self):
-        return self.start("run", "--vvu-proxy", f"{self.socket},addr={ADDRESS}", "--name", "dev", "--json")
+        return self.start("run", "--vvu-proxy", f"{self.socket},addr={ADDRESS}", "--name", self.name, "--json")
 
     def backend(self, image):
         return self.start("device", "block", "--vfio", ADDRESS, "--file", image, "--json", "--cpus", first_cpu())
@@ -85,7 +86,7 @@ class Scene:
         ]
         files = [path for path in self.folder.glob("vvupipe/*") if not path.name.startswith(".")]
         sockets = [path for path in self.folder.rglob("*") if path.is_socket()]
-        memory = list(Path("/dev/shm").glob(f"vvupipe-{os.getuid()}-dev-*"))
+        memory = list(Path("/dev/shm").glob(f"vvupipe-{os.getuid()}-{self.name}-*"))
         return processes + files + sockets + memory
 
 

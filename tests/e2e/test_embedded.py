@@ -81,7 +81,7 @@ def test_stock_lspci_reads_our_bus(scene):
     if not shutil.which("lspci"):
         pytest.skip("lspci is not installed (package pciutils)")
     vm = scene.device_vm()
-    bus = scene.folder / "vvupipe" / "dev" / "sys" / "bus" / "pci"
+    bus = scene.folder / "vvupipe" / scene.name / "sys" / "bus" / "pci"
     said = subprocess.run(
         ["lspci", "-O", f"sysfs.path={bus}", "-s", "00:10.0"], capture_output=True, text=True, check=True
     )

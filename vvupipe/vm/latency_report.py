@@ -71,9 +71,10 @@ class Latency:
             rows.append((start, octaves.get(start, 0)))
             start *= 2
         rare = self.total * _RARE
-        while len(rows) > 1 and rows[0][1] < rare:
+        # Rare rows join each other, never a common one: its bar would then stand at the wrong place.
+        while len(rows) > 1 and max(rows[0][1], rows[1][1]) < rare:
             rows[:2] = [(rows[0][0], rows[0][1] + rows[1][1])]
-        while len(rows) > 1 and rows[-1][1] < rare:
+        while len(rows) > 1 and max(rows[-1][1], rows[-2][1]) < rare:
             rows[-2:] = [(rows[-2][0], rows[-2][1] + rows[-1][1])]
         return rows
 
@@ -83,7 +84,8 @@ class Latency:
         most = max((count for _, count in rows), default=0)
         lines = []
         for start, count in rows:
-            percent = f"{100 * count / self.total:.2f} %" if count else ""
+            share = 100 * count / self.total
+            percent = "" if not count else "<0.01 %" if share < 0.005 else f"{share:.2f} %"
             lines.append(f"from {human_ns(start):>8}  {percent:>8}  {_bar(count / most)}".rstrip())
         return lines
 

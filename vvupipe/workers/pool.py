@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from kernels import control_block as layout
+from kernels.status import TEXT
 from vvupipe.errors import WorkerError
 from vvupipe.memory.doorbell import Doorbell
 from vvupipe.memory.region import MemoryRegion, close_regions
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _DEATHS_MAX = 5  # deaths of one worker within the window below: something is wrong that a new one cannot mend
 _DEATHS_WINDOW_S = 10.0
+_LOOK_S = 0.5  # how soon a broken vring is logged
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class WorkerPool:
         self.num_vrings = num_vrings
         self._regions: list[MemoryRegion] = []
         self._closing = False
+        self._told_broken: set[int] = set()
+        self._looking: asyncio.Task[None] | None = None
         self.failed: asyncio.Future[WorkerError] = asyncio.get_running_loop().create_future()
 
     @property
@@ -83,10 +88,13 @@ class WorkerPool:
     async def start(self) -> None:
         """Start the first worker, which compiles the kernels if nobody did. Raises: WorkerError."""
         await self._worker(self._slots[0])
+        self._looking = asyncio.create_task(self._look_for_broken())
 
     async def close(self) -> None:
         """End every worker and forget the memory."""
         self._closing = True
+        if self._looking:
+            self._looking.cancel()
         for slot in self._slots:
             if slot.watcher:
                 slot.watcher.cancel()
@@ -123,7 +131,9 @@ class WorkerPool:
     async def stop_vring(self, index: int) -> int:
         """Stop a vring, after the request that its worker is at. Returns last_avail_idx."""
         slot = self._slot(index)
+        self._tell_broken(index)
         answer = await self._command(slot, {"op": "stop", "index": index})
+        self._told_broken.discard(index)
         self._forget(slot, index)
         return int(answer["last_avail_idx"])
 
@@ -144,6 +154,21 @@ class WorkerPool:
     async def device_command(self, fields: commands.Fields) -> None:
         """Send a command of the device's own to every worker that runs."""
         await self._to_all(({"op": "device", "command": fields}, []))
+
+    async def _look_for_broken(self) -> None:
+        """Log what workers, which cannot, found out about their drivers."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for slot in self._slots:
+                for index in slot.vrings:
+                    self._tell_broken(index)
+
+    def _tell_broken(self, index: int) -> None:
+        record = self.block.vrings[index]
+        if record["state"] == layout.VRING_BROKEN and index not in self._told_broken:
+            self._told_broken.add(index)
+            reason = TEXT.get(int(record["error"]), "it broke a rule of virtqueues")
+            log.warning("vring %d is stopped until the front-end starts it again: %s", index, reason)
 
     def _slot(self, vring: int) -> _Slot:
         return self._slots[vring % len(self._slots)]
