@@ -1,64 +1,20 @@
-"""The loop of a block worker: serve its vrings, spin while that pays, then sleep until somebody kicks.
+"""The kernel of a block worker: serve its vrings, wait when there is nothing to do.
 
 Returns to the interpreter for one reason only: a command of the coordinator is waiting.
 """
 
 import numpy as np
-from numba import int32, int64, uint64
+from numba import int64, uint64
 
 from kernels import control_block as cb
 from kernels.blk_queue import break_ring, serve_ring
 from kernels.jit import kernel
-from kernels.memory import (
-    drain_eventfd,
-    libc_poll,
-    libc_sched_yield,
-    load_acquire_u32,
-    load_u32,
-    load_u64,
-    monotonic_ns,
-    spin_hint,
-    store_u32,
-    store_u64,
-)
-from kernels.split_ring import call_if_wanted, refuse_kicks, want_kicks
+from kernels.memory import load_u64
 from kernels.status import ERR_MEMORY_GONE
+from kernels.worker_loop import begin, command_waiting, forget_idling, wait_a_little
 
-#: struct pollfd (poll(2)); entry 0 is the command socket, entry k + 1 the kick of ring k.
-POLLFD = np.dtype([("fd", "<i4"), ("events", "<i2"), ("revents", "<i2")])
-POLLIN = 1
-
-#: What the loop needs besides its rings; one record, private to the process.
-LOOP = np.dtype(
-    [
-        ("record", "<u8"),  # address of the worker's control_block.WORKER
-        ("scratch", "<u8"),  # 64 bytes of this process
-        ("one", "<u8"),  # address of a 64-bit 1
-        ("spin_max_ns", "<i8"),  # longest time to spin before sleeping; 0 never spins
-        ("spin_ns", "<i8"),  # the present one, adapted to what happened
-        ("bus_errors_seen", "<u8"),
-        ("attention_seen", "<u4"),
-        ("_pad", "<u4"),
-    ]
-)
-
-_ATTENTION = np.uint64(cb.offset_of(cb.WORKER, "attention"))
-_HEARTBEAT = np.uint64(cb.offset_of(cb.WORKER, "heartbeat"))
 _BUS_ERRORS = np.uint64(cb.offset_of(cb.WORKER, "bus_errors"))
 _BUS_ADDRESS = np.uint64(cb.offset_of(cb.WORKER, "bus_error_address"))
-_SLEEPS = np.uint64(cb.offset_of(cb.WORKER, "sleeps"))
-_ONE = np.uint64(1)
-
-_SPIN_MIN_NS = 2_000  # about one wake-up spared
-_POLITE_AFTER_NS = 3_000  # from then on let others have the CPU between two looks
-_LOOK_AT_CLOCK = 16  # spins between two looks at the clock
-_UNKICKED_MS = int32(1)  # longest sleep when a ring has no kick fd and must be polled
-
-
-@kernel
-def command_waiting(loop):
-    """Whether the coordinator raised the attention word."""
-    return load_acquire_u32(loop.record + _ATTENTION) != loop.attention_seen
 
 
 @kernel
@@ -89,82 +45,17 @@ def serve_all(loop, rings, disk, regions, segments):
 
 
 @kernel
-def sleep(loop, rings, pollfds):
-    """Ask for kicks, then wait for one or for a command. Returns nanoseconds asleep; 0: there was work already."""
-    timeout = int32(-1)
-    ready = False
-    pollfds[0].revents = np.int16(0)
-    for k in range(rings.shape[0]):
-        ring = rings[k]
-        running = ring.state == cb.VRING_RUNNING
-        pollfds[k + 1].fd = ring.kick_fd if running else int32(-1)
-        if running:
-            if ring.kick_fd < 0:
-                timeout = _UNKICKED_MS
-            ready |= want_kicks(ring)
-    slept = int64(0)
-    if not ready and not command_waiting(loop):
-        store_u64(loop.record + _SLEEPS, load_u64(loop.record + _SLEEPS) + _ONE)
-        before = monotonic_ns(loop.scratch)
-        libc_poll(uint64(pollfds.ctypes.data), uint64(pollfds.shape[0]), timeout)
-        slept = monotonic_ns(loop.scratch) - before
-        for k in range(rings.shape[0]):
-            ring = rings[k]
-            if pollfds[k + 1].fd >= 0 and pollfds[k + 1].revents and drain_eventfd(ring.kick_fd, loop.scratch):
-                ring.kicks += _ONE
-    for k in range(rings.shape[0]):
-        if rings[k].state == cb.VRING_RUNNING:
-            refuse_kicks(rings[k])
-    return slept
-
-
-@kernel
-def adapt_spin(loop, slept):
-    """Spin longer when a longer spin would have met the work, shorter when it came much later."""
-    if slept == 0:
-        return
-    if slept < loop.spin_max_ns:
-        loop.spin_ns = min(loop.spin_max_ns, max(loop.spin_ns * 2, 2 * slept))
-    else:
-        loop.spin_ns = max(min(_SPIN_MIN_NS, loop.spin_max_ns), loop.spin_ns // 2)
-
-
-@kernel
 def serve(loop, rings, pollfds, disk, regions, segments):
     """Serve `rings` until a command waits. Everything is an array or record of this process.
 
-    loop: LOOP. rings: RING[n]. pollfds: POLLFD[n + 1], entry 0 set. disk: DISK. regions: uint64[m, 4].
+    loop: worker_loop.LOOP. rings: RING[n]. pollfds: POLLFD[n + 1], entry 0 set. disk: DISK. regions: uint64[m, 4].
     segments: uint64[SEGMENTS_MAX, 2].
     """
-    store_u32(loop.record + _HEARTBEAT, load_u32(loop.record + _HEARTBEAT) + np.uint32(1))
-    for k in range(rings.shape[0]):
-        if rings[k].state == cb.VRING_RUNNING:
-            refuse_kicks(rings[k])
-            call_if_wanted(rings[k], loop.one)
-    idle_since = int64(0)
-    spins = int64(0)
-    polite = False
+    begin(loop, rings)
     while not command_waiting(loop):
         done = serve_all(loop, rings, disk, regions, segments)
         check_memory(loop, rings, disk)
         if done:
-            spins = int64(0)
-            polite = False
-            continue
-        spins += 1
-        if spins == 1:
-            idle_since = monotonic_ns(loop.scratch)
-        if polite:
-            libc_sched_yield()
-        else:
-            spin_hint()
-        if spins % _LOOK_AT_CLOCK and not polite and loop.spin_ns > 0:
-            continue
-        idle = monotonic_ns(loop.scratch) - idle_since
-        polite = idle > _POLITE_AFTER_NS
-        if idle >= loop.spin_ns:
-            adapt_spin(loop, sleep(loop, rings, pollfds))
-            spins = int64(0)
-            polite = False
-            if pollfds[0].revents:
-                return
+            forget_idling(loop)
+        elif wait_a_little(loop, rings, pollfds):
+            return

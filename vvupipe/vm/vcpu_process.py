@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import socket
 import sys
 from typing import Any
@@ -22,7 +21,7 @@ from kernels.driver_wait import POLLFD, POLLIN
 from vvupipe.errors import WorkerError
 from vvupipe.memory.mapping import Mapping
 from vvupipe.workers import commands
-from vvupipe.workers.process import die_with_parent
+from vvupipe.workers.executor import CommandExecutor, command_socket
 
 KERNELS = {
     "workload": driver_workload.drive,
@@ -32,11 +31,11 @@ KERNELS = {
 _SHARED_COUNTERS_KEPT = ("attention", "finished_jobs")
 
 
-class VcpuProcess:
+class VcpuProcess(CommandExecutor):
     """State of the process; `run` returns when the parent closes the command socket."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        super().__init__(sock)
         self._scratch = np.zeros(8, np.uint64)
         self._one = np.ones(1, np.uint64)
         self._wait = np.zeros(1, layout.WAIT)
@@ -54,10 +53,7 @@ class VcpuProcess:
 
     def run(self) -> None:
         """Execute commands, and the job's kernel in between."""
-        first = commands.receive(self._sock)
-        while first is not None and not self._execute(*first):
-            first = commands.receive(self._sock)
-        if first is None:
+        if not self.take_first_command():
             return
         while True:
             busy = self._kernel is not None and self._live
@@ -65,18 +61,10 @@ class VcpuProcess:
             self._wait["attention_seen"] = self._record["attention"]
             if not busy:
                 select.select([self._sock], [], [])
-            if not self._drain_commands():
+            if not self.take_commands():
                 return
             if self._kernel is not None and self._live:
                 self._enter_kernel()
-
-    def _drain_commands(self) -> bool:
-        while select.select([self._sock], [], [], 0)[0]:
-            packet = commands.receive(self._sock)
-            if packet is None:
-                return False
-            self._execute(*packet)
-        return True
 
     def _enter_kernel(self) -> None:
         status = self._call(self._kernel)
@@ -96,22 +84,6 @@ class VcpuProcess:
         record["status"] = status
         record["finished_jobs"] += np.uint64(1)
         os.eventfd_write(self._done_fd, 1)
-
-    def _execute(self, fields: commands.Fields, fds: list[int]) -> bool:
-        answer: commands.Fields = {"id": fields["id"]}
-        try:
-            answer.update(getattr(self, f"_do_{fields['op']}")(fields, fds) or {})
-        except (OSError, ValueError, WorkerError) as error:
-            answer["error"] = str(error)
-        finally:
-            for fd in fds:
-                os.close(fd)
-            fds.clear()
-        try:
-            commands.send(self._sock, answer)
-        except ConnectionError:
-            sys.exit(0)  # the parent has gone, as it does when it is interrupted while we compile
-        return "error" not in answer
 
     def _do_open(self, fields: commands.Fields, fds: list[int]) -> None:
         """fds: guest RAM, control memory, done eventfd. Compiles the kernels that are named."""
@@ -220,14 +192,5 @@ class VcpuProcess:
         self._job["stopping"] = 1
 
 
-def main(arguments: list[str]) -> None:
-    """Entry: `--fd N --parent PID`."""
-    fd, parent = int(arguments[1]), int(arguments[3])
-    die_with_parent(parent)
-    # Ctrl-C reaches the whole foreground group; the parent decides when vCPUs end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    VcpuProcess(socket.socket(fileno=fd)).run()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    VcpuProcess(command_socket(sys.argv[1:])).run()

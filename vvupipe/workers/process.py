@@ -9,16 +9,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import select
-import signal
 import socket
-import sys
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kernels import blk_worker, bus_error, split_ring
+from kernels import bus_error, split_ring, worker_loop
 from kernels import control_block as layout
 from kernels.chain import SEGMENTS_MAX
 from kernels.ring_record import RING
@@ -27,10 +24,10 @@ from vvupipe.errors import WorkerError
 from vvupipe.memory.mapping import Mapping
 from vvupipe.workers import commands
 from vvupipe.workers.control_block import ControlBlock
+from vvupipe.workers.executor import CommandExecutor, command_socket
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 _SA_SIGINFO = 4  # sigaction(2)
 
 
@@ -65,18 +62,11 @@ class _SigAction(ctypes.Structure):
     ]
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill us when the coordinator dies, however it dies."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:
-        sys.exit(1)
-
-
-class Worker:
+class Worker(CommandExecutor):
     """State of one worker; `run` returns when the coordinator closes the command socket."""
 
     def __init__(self, sock: socket.socket, device: DeviceKernel) -> None:
-        self._sock = sock
+        super().__init__(sock)
         self._device = device
         self._mappings: list[Mapping] = []
         self._regions: npt.NDArray[np.uint64] = np.zeros((0, 4), np.uint64)
@@ -84,47 +74,18 @@ class Worker:
         self._segments = np.zeros((SEGMENTS_MAX, 2), np.uint64)
         self._scratch = np.zeros(8, np.uint64)
         self._one = np.ones(1, np.uint64)
-        self._loop = np.zeros(1, blk_worker.LOOP)
+        self._loop = np.zeros(1, worker_loop.LOOP)
 
     def run(self) -> None:
         """Take the `open` command, then serve and execute commands in turn."""
-        while True:
-            first = commands.receive(self._sock)
-            if first is None:
-                return
-            if not self._execute(*first):
-                continue
-            break
+        if not self.take_first_command():
+            return
         while True:
             # The attention word is read before the socket is emptied: a command sent meanwhile raises it again.
             self._loop["attention_seen"] = self._block.workers["attention"][self._index]
-            if not self._drain_commands():
+            if not self.take_commands():
                 return
             self._device.serve(self._loop[0], self._rings, self._pollfds, self._regions, self._segments)
-
-    def _drain_commands(self) -> bool:
-        while select.select([self._sock], [], [], 0)[0]:
-            packet = commands.receive(self._sock)
-            if packet is None:
-                return False
-            self._execute(*packet)
-        return True
-
-    def _execute(self, fields: commands.Fields, fds: list[int]) -> bool:
-        answer: commands.Fields = {"id": fields["id"]}
-        try:
-            answer.update(getattr(self, f"_do_{fields['op']}")(fields, fds) or {})
-        except (OSError, ValueError, WorkerError) as error:
-            answer["error"] = str(error)
-        finally:
-            for fd in fds:
-                os.close(fd)
-            fds.clear()
-        try:
-            commands.send(self._sock, answer)
-        except OSError:
-            sys.exit(0)  # the coordinator has gone; nobody waits for the answer
-        return "error" not in answer
 
     def _do_open(self, fields: commands.Fields, fds: list[int]) -> None:
         self._index = int(fields["worker"])
@@ -138,8 +99,8 @@ class Worker:
             self._rings[name] = -1
         self._rings["index"] = np.arange(num_vrings)
         self._rings["record"] = [self._block.vring_address(k) for k in range(num_vrings)]
-        self._pollfds = np.zeros(num_vrings + 1, blk_worker.POLLFD)
-        self._pollfds["events"] = blk_worker.POLLIN
+        self._pollfds = np.zeros(num_vrings + 1, worker_loop.POLLFD)
+        self._pollfds["events"] = worker_loop.POLLIN
         self._pollfds["fd"] = -1
         self._pollfds["fd"][0] = self._sock.fileno()
         loop = self._loop[0]
@@ -255,8 +216,4 @@ class Worker:
 
 def main(arguments: list[str], device: DeviceKernel) -> None:
     """Entry of a device's worker module: `--fd N --parent PID`."""
-    fd, parent = int(arguments[1]), int(arguments[3])
-    die_with_parent(parent)
-    # Ctrl-C reaches the whole foreground group; the coordinator decides when workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Worker(socket.socket(fileno=fd), device).run()
+    Worker(command_socket(arguments), device).run()
