@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 
+import psutil
+
 PCI_ADDRESS = "0000:00:10.0"
 
 
@@ -21,10 +23,8 @@ class Backend:
         return self._log_path.read_text()
 
     def worker_pids(self):
-        children = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=False
-        ).stdout
-        return [int(line.split()[0]) for line in children.splitlines() if "block.worker" in line]
+        children = psutil.Process(self.process.pid).children()
+        return [child.pid for child in children if "block.worker" in " ".join(child.cmdline())]
 
 
 def start(arguments, log_path, environment, pass_fds=()):
