@@ -55,7 +55,7 @@ _WORKLOADS = ("randread", "randwrite", "read", "write", "randrw", "rw", "verify"
     show_default=True,
     help="Workload: requests in flight, for each job.",
 )
-@click.option("--runtime", type=DURATION, help="Workload: how long.  [default: once over --size, random ones 5s]")
+@click.option("--runtime", type=DURATION, help="Workload: how long.  [default: as many requests as --size has blocks]")
 @click.option("--size", type=SIZE, help="Workload: the first bytes of the disk to work on.  [default: all]")
 @click.option(
     "--numjobs",
