@@ -1,7 +1,7 @@
 """What a user-space driver needs of a PCI function: registers, mappable areas, interrupts, DMA.
 
-`user_client.VfioUserFunction` implements it over a vfio-user socket. Linux's /dev/vfio fits as well: there a region has
-one mappable area, the device fd at the region's offset, and no I/O eventfds.
+`user_client.VfioUserFunction` implements it over a vfio-user socket, `linux_function.LinuxVfioFunction` on Linux's
+/dev/vfio, `vvupipe.ivshmem.driver_function.IvshmemFunction` through the shared memory of an ivshmem device.
 """
 
 from __future__ import annotations
@@ -89,8 +89,11 @@ class VfioFunction(ABC):
         """The areas of a region that can be mapped, as they are now."""
 
     @abstractmethod
-    def io_events(self, region: int) -> list[IoEvent]:
-        """The eventfds that stand for writes to a region, as they are now."""
+    def io_event(self, region: int, offset: int, data: bytes) -> int | None:
+        """An eventfd that is as good as writing `data` (1, 2, 4 or 8 bytes) at `offset`; owned by the caller.
+
+        None when such a write would do nothing now. Raises: TransportError when no eventfd can stand for it.
+        """
 
     @abstractmethod
     def irq_count(self, index: int) -> int:

@@ -142,11 +142,17 @@ class VfioUserFunction(VfioFunction):
         finally:
             close_all(fds)
 
-    def io_events(self, region: int) -> list[IoEvent]:
-        """See VfioFunction. Without the server knowing our extension there are none."""
-        if wire.EXTENSION_DOORBELL_FDS not in self._extensions:
-            return []
+    def io_event(self, region: int, offset: int, data: bytes) -> int | None:
+        """See VfioFunction: the server has one eventfd for writes of any data."""
+        found = None
+        for event in self._io_events(region):
+            if event.offset == offset and event.size_bytes in {0, len(data)} and found is None:
+                found = event.fd
+            else:
+                event.close()
+        return found
 
+    def _io_events(self, region: int) -> list[IoEvent]:
         def request(room: int) -> bytes:
             return wire.REGION_IO_FDS.pack(room, 0, region, 0)
 

@@ -161,7 +161,7 @@ class Session:
         return pack_u64(len(self._vrings))
 
     async def _set_mem_table(self, message: Message) -> None:
-        regions = self._connection.memory_regions(message)
+        regions = await self._connection.memory_regions(message)
         log.info("memory table: %d regions, %d MiB", len(regions), sum(r.size_bytes for r in regions) >> 20)
         await self._device.pool.set_memory(regions)
         self._has_memory = True

@@ -93,7 +93,7 @@ class SocketConnection:
         """See transport.Connection."""
         await self._messages.send(message)
 
-    def memory_regions(self, message: Message) -> list[MemoryRegion]:
+    async def memory_regions(self, message: Message) -> list[MemoryRegion]:
         """See transport.Connection: one fd for each region, in the same order."""
         entries = unpack_memory_table(message)
         if len(entries) != len(message.fds):

@@ -28,7 +28,7 @@ class Connection(Protocol):
     async def send(self, message: Message) -> None:
         """Send a reply. Raises: Disconnected when the front-end has gone, TransportError."""
 
-    def memory_regions(self, message: Message) -> list[MemoryRegion]:
+    async def memory_regions(self, message: Message) -> list[MemoryRegion]:
         """The regions that SET_MEM_TABLE tells of, each with an fd that the caller owns.
 
         Raises: ProtocolError when the message and what came with it do not fit together.

@@ -254,13 +254,8 @@ class VvuDriver:
         self._check_vring(index)
         where = self._structures[layout.CFG_DOORBELL]
         wanted = where.offset + (index + (layout.ERR_DOORBELL_BASE if err else 0)) * where.extra
-        found = None
-        for event in self.function.io_events(where.bar):
-            if event.offset == wanted and found is None:
-                found = Doorbell(event.fd)
-            else:
-                event.close()
-        return found
+        fd = self.function.io_event(where.bar, wanted, bytes(layout.DOORBELL_WRITE_BYTES))
+        return None if fd is None else Doorbell(fd)
 
     def _check_vring(self, index: int) -> None:
         if index >= self.max_vhost_queues:

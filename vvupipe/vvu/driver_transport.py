@@ -171,7 +171,7 @@ class VvuConnection:
             raise Disconnected("the front-end has gone")
         await self._transport.send(message)
 
-    def memory_regions(self, message: Message) -> list[MemoryRegion]:
+    async def memory_regions(self, message: Message) -> list[MemoryRegion]:
         """See transport.Connection: region after region, in the order of the message, from BAR offset 0 on."""
         entries = unpack_memory_table(message)
         areas = self._driver().shared_memory_areas()

@@ -58,6 +58,7 @@ BAR_DOORBELL = 2
 DOORBELL_OFFSET = 0x0000
 DOORBELL_BYTES = 0x2000
 DOORBELL_MULTIPLIER = 4
+DOORBELL_WRITE_BYTES = 4  #: the contract takes any size
 ERR_DOORBELL_BASE = 1024  #: ours: doorbell 1024 + i raises the sibling's err event of vring i
 NOTIFICATION_OFFSET = 0x2000
 NOTIFICATION_BYTES = 0x1000

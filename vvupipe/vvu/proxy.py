@@ -155,7 +155,7 @@ class VvuProxy:
         if message.request == Request.SET_MEM_TABLE:
             if function.shared_memory.areas:
                 await self._caught_up()  # the driver may still be asking for the areas of the former table
-            regions = connection.memory_regions(message)
+            regions = await connection.memory_regions(message)
             try:
                 function.shared_memory.fill(regions)
             finally:

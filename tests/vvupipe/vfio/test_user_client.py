@@ -49,14 +49,15 @@ def test_small_first_guess_asks_again(function, monkeypatch):
         area.close()
 
 
-def test_io_events(function, server):
-    events = function.io_events(2)
-    assert [(e.offset, e.size_bytes) for e in events] == [(8, 0), (12, 4)]
-    os.eventfd_write(events[1].fd, 1)
+def test_io_event(function, server):
+    fd = function.io_event(2, 12, bytes(4))
+    os.eventfd_write(fd, 1)
     assert os.eventfd_read(server.function.bell) == 1
-    for event in events:
-        event.close()
-    assert function.io_events(0) == []
+    os.close(fd)
+    os.close(function.io_event(2, 8, bytes(1)))  # an event of size 0 stands for writes of any size
+    assert function.io_event(2, 12, bytes(8)) is None
+    assert function.io_event(2, 16, bytes(4)) is None
+    assert function.io_event(0, 12, bytes(4)) is None
 
 
 def test_irqs_dma_and_reset(function, server):

@@ -115,7 +115,7 @@ def test_regions_take_their_fds_in_order(pair, memfd):
     message = Message(
         fe.SET_MEM_TABLE, table((0, 4096, 7, 4096), (1 << 32, 8192, 9, 0)), fds=[os.dup(memfd), os.dup(other)]
     )
-    first, second = connection.memory_regions(message)
+    first, second = run(connection.memory_regions(message))
     assert (first.gpa, first.size_bytes, first.uva, first.fd_offset) == (0, 4096, 7, 4096)
     assert os.fstat(second.fd).st_ino == os.fstat(other).st_ino
     assert message.fds == []
@@ -131,7 +131,7 @@ def test_regions_take_their_fds_in_order(pair, memfd):
 def test_regions_that_do_not_fit_their_fds(pair, memfd, regions, fds):
     message = Message(fe.SET_MEM_TABLE, table(*regions), fds=[os.dup(memfd) for _ in range(fds)])
     with pytest.raises(ProtocolError):
-        pair[0].memory_regions(message)
+        run(pair[0].memory_regions(message))
     assert len(message.fds) == fds  # still the message's, which closes them
     message.close_fds()
 
@@ -139,7 +139,7 @@ def test_regions_that_do_not_fit_their_fds(pair, memfd, regions, fds):
 def test_region_beyond_any_file_is_refused_whatever_its_fd_is(pair):
     message = Message(fe.SET_MEM_TABLE, table((0, 4096, 0, 1 << 63)), fds=[os.open("/dev/null", os.O_RDWR)])
     with pytest.raises(ProtocolError, match="where no file ends"):
-        pair[0].memory_regions(message)
+        run(pair[0].memory_regions(message))
     message.close_fds()
 
 

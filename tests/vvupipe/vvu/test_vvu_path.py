@@ -115,7 +115,7 @@ def test_memory_is_the_sibling_s_own_byte_for_byte(vm):
             )
             fds = [region[3] for region in memory.regions]
             message = await tell(frontend, connection, fe.SET_MEM_TABLE, table, fds)
-            regions = connection.memory_regions(message)
+            regions = await connection.memory_regions(message)
             assert [(r.gpa, r.size_bytes, r.uva) for r in regions] == [region[:3] for region in memory.regions]
             assert os.pread(regions[0].fd, 10, regions[0].fd_offset + 0x1234) == b"low memory"
             assert os.pread(regions[1].fd, 11, regions[1].fd_offset + 77) == b"high memory"
@@ -131,7 +131,7 @@ def test_memory_is_the_sibling_s_own_byte_for_byte(vm):
             # another table, learned anew
             table = struct.pack("=II", 1, 0) + struct.pack("=QQQQ", 1 << 32, 1 << 20, 5 << 32, 8192)
             message = await tell(frontend, connection, fe.SET_MEM_TABLE, table, fds[1:])
-            (region,) = connection.memory_regions(message)
+            (region,) = await connection.memory_regions(message)
             assert os.pread(region.fd, 11, region.fd_offset + 77) == b"high memory"
             region.close()
             frontend.close()
