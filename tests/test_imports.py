@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"cli"},
     {"vm", "devices"},
-    {"vvu"},
+    {"vvu", "ivshmem"},
     {"vhost_user", "vfio"},
     {"workers", "virtio", "pci"},
     {"memory", "fd_socket", "events", "units", "errors", "unix_path", "__main__"},

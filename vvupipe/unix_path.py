@@ -1,11 +1,14 @@
-"""UNIX socket paths longer than sockaddr_un takes."""
+"""UNIX sockets at paths, also at those that are longer than sockaddr_un takes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+from vvupipe.errors import UserError
 
 _PATH_MAX_BYTES = 107  # sun_path of Linux, without its final zero
 
@@ -24,3 +27,19 @@ def reachable(path: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{folder}/{path.name}"
     finally:
         os.close(folder)
+
+
+def listen_private(path: Path) -> socket.socket:
+    """A socket that listens at `path`, for this user only. Raises: UserError."""
+    sock = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)
+    try:
+        with reachable(path) as short:
+            sock.bind(short)
+        sock.listen(4)
+    except OSError as error:
+        sock.close()
+        raise UserError(f"cannot listen at {path}: {error.strerror}") from error
+    finally:
+        os.umask(mask)
+    return sock

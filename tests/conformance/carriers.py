@@ -7,9 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 PCI_ADDRESS = "0000:00:10.0"
 
 
@@ -27,11 +30,11 @@ class Backend:
         return [child.pid for child in children if "block.worker" in " ".join(child.cmdline())]
 
 
-def start(arguments, log_path, environment, pass_fds=()):
+def start(arguments, log_path, environment, pass_fds=(), program=("-m", "vvupipe")):
     """Start a vvupipe command, wait for its first line of JSON, and give (process, that line)."""
     with open(log_path, "w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vvupipe", *map(str, arguments)],
+            [sys.executable, *map(str, program), *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=log,
             env=environment,
@@ -114,4 +117,47 @@ def on_vvu(folder, image, *options):
     assert not path.exists()
 
 
-CARRIERS = {"socket": on_socket, "fd": on_inherited_socket, "vvu": on_vvu}
+@contextlib.contextmanager
+def on_ivshmem(folder, image, *options):
+    """The carrier of real VMs, its PCI device mocked: everything but QEMU itself."""
+    path, devices = folder / "vvu.sock", folder / "devices"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT / "tests", ROOT]))}
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        vm, _ = start(
+            [path, devices, ours.fileno()],
+            folder / "vm.log",
+            environment,
+            [ours.fileno()],
+            [HERE / "ivshmem_vm.py"],
+        )
+        try:
+            process, _ = start(
+                [
+                    theirs.fileno(),
+                    devices,
+                    "device",
+                    "block",
+                    "--file",
+                    image,
+                    "--vfio",
+                    PCI_ADDRESS,
+                    "--json",
+                    "-v",
+                    *options,
+                ],
+                folder / "backend.log",
+                environment,
+                [theirs.fileno()],
+                [HERE / "ivshmem_backend.py"],
+            )
+            try:
+                yield Backend(process, path, folder / "backend.log")
+            finally:
+                stop(process)
+        finally:
+            stop(vm)
+    assert not path.exists()
+
+
+CARRIERS = {"socket": on_socket, "fd": on_inherited_socket, "vvu": on_vvu, "ivshmem": on_ivshmem}

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from vvupipe.cli.machine import machine_fields, parse_option_size
 from vvupipe.cli.parameters import CPU_LIST, DURATION, SIZE, check_cpus, json_option, set_up_logging, verbose_option
 from vvupipe.errors import UserError
+
+if TYPE_CHECKING:
+    from vvupipe.vm.device_vm import ProxyOptions
 
 _DEFAULT_MEM_MIB = 128
 _WORKLOADS = ("randread", "randwrite", "read", "write", "randrw", "rw", "verify")
@@ -22,7 +26,7 @@ _WORKLOADS = ("randread", "randwrite", "read", "write", "randrw", "rw", "verify"
     "--vvu-proxy",
     "proxies",
     multiple=True,
-    metavar="SOCK[,addr=ADDR][,uuid=UUID]",
+    metavar="SOCK[,addr=ADDR][,uuid=UUID][,shared-memory=SIZE]",
     help="Device VM: give it a VVU function whose sibling connects at SOCK.",
 )
 @click.option(
@@ -44,6 +48,32 @@ _WORKLOADS = ("randread", "randwrite", "read", "write", "randrw", "rw", "verify"
     default="auto",
     show_default=True,
     help="With KERNEL: how QEMU runs the guest.",
+)
+@click.option(
+    "--block",
+    "blocks",
+    multiple=True,
+    metavar="PATH[,ro=true]",
+    help="With KERNEL: a raw image as a disk of QEMU's own.",
+)
+@click.option(
+    "--shared-dir",
+    "shared_dirs",
+    multiple=True,
+    metavar="PATH:TAG[:ro=true]",
+    help="With KERNEL: a folder that the guest can mount by 9p.",
+)
+@click.option(
+    "--serial",
+    metavar="type=TYPE[,path=PATH]",
+    help="With KERNEL: where its console goes: stdout, sink, file or unix (a socket to connect to).  [default: stdout]",
+)
+@click.option(
+    "--carrier",
+    type=click.Choice(["auto", "vfio-user", "ivshmem"]),
+    default="auto",
+    show_default=True,
+    help="Device VM with KERNEL: how its functions reach the guest; auto takes vfio-user where QEMU has it (10.1).",
 )
 @click.option("--qemu", help="With KERNEL: the QEMU binary.  [default: qemu-system-x86_64 of the PATH]")
 @click.option("--workload", type=click.Choice(_WORKLOADS), help="Embedded sibling: what its driver does.")
@@ -126,25 +156,55 @@ def _refuse(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
 
 
 _WORK = ("workload", "bs", "iodepth", "runtime", "size", "numjobs", "rwmixread", "copy_out", "copy_in", "sha256")
-_REAL = ("initrd", "params", "accel", "qemu")
+_MACHINE = ("initrd", "params", "accel", "qemu", "blocks", "shared_dirs", "serial")
+_REAL = (*_MACHINE, "carrier")
 
 
 def _run_device_vm(options: dict[str, Any]) -> int:
-    from vvupipe.vm.device_vm import DeviceVmOptions, ProxyOptions, run_device_vm
+    from vvupipe.vm.device_vm import DeviceVmOptions, run_device_vm
 
     if options["kernel"] is not None:
-        raise UserError("a device VM with a KERNEL is not there yet: leave KERNEL out for the embedded device VM")
-    _refuse(options, (*_WORK, *_REAL, "timeout", "queue_size"), "does not go with --vvu-proxy")
-    parsed = [_parse_socket_option("--vvu-proxy", text, ("addr", "uuid")) for text in options["proxies"]]
-    proxies = tuple(ProxyOptions(each.path, each.values.get("addr"), each.values.get("uuid")) for each in parsed)
+        return _run_qemu_device_vm(options)
+    _refuse(options, (*_WORK, *_REAL, "timeout", "queue_size"), "does not go with the embedded device VM")
     return asyncio.run(
         run_device_vm(
             DeviceVmOptions(
                 name=options["name"],
                 mem_mib=options["mem"] or _DEFAULT_MEM_MIB,
                 cpus=_cpu_list(options["cpus"]),
-                proxies=proxies,
+                proxies=_proxies(options, ("addr", "uuid")),
                 json=options["as_json"],
+            )
+        )
+    )
+
+
+def _proxies(options: dict[str, Any], keys: tuple[str, ...]) -> tuple[ProxyOptions, ...]:
+    from vvupipe.vm.device_vm import ProxyOptions
+
+    parsed = [_parse_socket_option("--vvu-proxy", text, keys) for text in options["proxies"]]
+    return tuple(
+        ProxyOptions(
+            each.path,
+            each.values.get("addr"),
+            each.values.get("uuid"),
+            parse_option_size("--vvu-proxy", "shared-memory", each.values.get("shared-memory")),
+        )
+        for each in parsed
+    )
+
+
+def _run_qemu_device_vm(options: dict[str, Any]) -> int:
+    from vvupipe.vm.qemu_device_vm import QemuDeviceVmOptions, run_qemu_device_vm
+
+    _refuse(options, (*_WORK, "as_json", "timeout", "queue_size"), "does not go with a device VM that has a KERNEL")
+    return asyncio.run(
+        run_qemu_device_vm(
+            QemuDeviceVmOptions(
+                proxies=_proxies(options, ("addr", "uuid", "shared-memory")),
+                vm_name=options["name"],
+                carrier=options["carrier"],
+                **machine_fields(options),
             )
         )
     )
@@ -189,9 +249,7 @@ def _run_qemu_sibling(options: dict[str, Any]) -> int:
     from vvupipe.vm.qemu_sibling import QemuSiblingOptions, VhostUserDisk, run_qemu_sibling
 
     _refuse(options, (*_WORK, "as_json"), "is for the embedded sibling, without KERNEL")
-    cpus = options["cpus"] or "1"
-    if not cpus.isdigit() or int(cpus) < 1:
-        raise UserError(f"--cpus {cpus}: with a KERNEL this is the number of vCPUs")
+    _refuse(options, ("carrier",), "goes with --vvu-proxy")
     disks = []
     for text in options["disks"]:
         parsed = _parse_socket_option("--vhost-user-blk", text, ("num-queues",))
@@ -201,21 +259,8 @@ def _run_qemu_sibling(options: dict[str, Any]) -> int:
         disks.append(
             VhostUserDisk(parsed.path, num_queues=int(queues) if queues else None, queue_size=options["queue_size"])
         )
-    named = {"name": options["name"]} if options["name"] else {}
-    memory = {"mem_mib": options["mem"]} if options["mem"] else {}
     return asyncio.run(
         run_qemu_sibling(
-            QemuSiblingOptions(
-                vhost_user_blk=tuple(disks),
-                kernel=options["kernel"],
-                initrd=options["initrd"],
-                params=options["params"],
-                cpus=int(cpus),
-                timeout_s=options["timeout"],
-                accel=options["accel"],
-                qemu=options["qemu"],
-                **named,
-                **memory,
-            )
+            QemuSiblingOptions(vhost_user_blk=tuple(disks), timeout_s=options["timeout"], **machine_fields(options))
         )
     )

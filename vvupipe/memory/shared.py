@@ -43,6 +43,13 @@ def create_named(name: str, size_bytes: int) -> int:
     return fd
 
 
+def create_sparse(name: str, size_bytes: int) -> int:
+    """As create_named, but of memory that is mostly never touched: there need not be room for all of it."""
+    fd = _create(name, size_bytes, reserve=False)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
+
+
 def remove_stale() -> list[str]:
     """Remove this user's named objects whose owner was killed, and return their names."""
     removed = []
@@ -64,11 +71,11 @@ def remove_stale() -> list[str]:
     return removed
 
 
-def _create(name: str, size_bytes: int) -> int:
+def _create(name: str, size_bytes: int, *, reserve: bool = True) -> int:
     # The memory is given page by page when it is touched; without room for all of it that would end in a SIGBUS.
     space = os.statvfs(_FOLDER)
     free_bytes = space.f_bavail * space.f_frsize
-    if size_bytes > free_bytes:
+    if reserve and size_bytes > free_bytes:
         raise UserError(
             f"no room for {size_bytes >> 20} MiB of shared memory, {_FOLDER} has {free_bytes >> 20} MiB free: "
             "use a smaller --mem or enlarge it"

@@ -8,7 +8,6 @@ import logging
 import os
 import resource
 import signal
-import socket
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from vvupipe.errors import UserError
 from vvupipe.events import EventPrinter
 from vvupipe.pci.address import PciAddress
 from vvupipe.pci.sysfs_tree import SysfsTree
-from vvupipe.unix_path import reachable
+from vvupipe.unix_path import listen_private
 from vvupipe.vfio.user_server import VfioUserServer
 from vvupipe.vhost_user.socket_transport import SocketTransport
 from vvupipe.vm.guest_ram import SLOT_BYTES, GuestRam
@@ -37,11 +36,15 @@ _RAM_MIN_BYTES = 4 * SLOT_BYTES
 
 @dataclass(frozen=True, slots=True)
 class ProxyOptions:
-    """One --vvu-proxy: where the sibling connects, where the function sits (None: anywhere), its uuid."""
+    """One --vvu-proxy: where the sibling connects, where the function sits (None: anywhere), its uuid.
+
+    shared_memory_bytes: of a real VM, address space for the sibling's RAM; None: as much as usual.
+    """
 
     socket_path: Path
     address: str | None = None
     uuid: str | None = None
+    shared_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,7 @@ async def run_device_vm(options: DeviceVmOptions) -> int:
         loop.add_signal_handler(number, stop.set)
     if options.cpus:
         os.sched_setaffinity(0, options.cpus)
-    # One function may hold 260 eventfds: three for each of the sibling's vrings and the driver's vectors.
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allow_many_files()
     with DeviceVm(options) as vm:
         serving = asyncio.gather(*vm.tasks())
         stopping = asyncio.create_task(stop.wait())
@@ -123,12 +124,12 @@ class DeviceVm:
         # Those with an address choose first, whatever their order.
         asked = sorted(self.options.proxies, key=lambda proxy: proxy.address is None)
         places = {id(proxy): bus.take(proxy.address) for proxy in asked}
-        uuids = {id(proxy): _parse_uuid(proxy.uuid) for proxy in asked}
+        uuids = {id(proxy): parse_uuid(proxy.uuid) for proxy in asked}
         self.folder = RuntimeFolder.create(self.options.name)
         self._stack.callback(self.folder.close)
         ram = GuestRam(self.folder.name, ram_bytes)
         self._stack.callback(ram.close)
-        relay = _start_relay()
+        relay = start_relay()
         self._stack.callback(relay.close)
         sysfs = SysfsTree(self.folder.path / SYSFS)
         for proxy in self.options.proxies:
@@ -169,7 +170,7 @@ class DeviceVm:
         function.config.on_change = lambda: sysfs.show(address, function.config)
         sysfs.show(address, function.config)
         socket_name = f"{address}.vfio-user"
-        server = VfioUserServer(function, _listen(self.folder.path / socket_name))
+        server = VfioUserServer(function, listen_private(self.folder.path / socket_name))
         self._slots.append(_Slot(address, options, function, server, socket_name))
 
     def tasks(self) -> list[asyncio.Task[None]]:
@@ -205,7 +206,14 @@ class DeviceVm:
         )
 
 
-def _parse_uuid(text: str | None) -> bytes:
+def allow_many_files() -> None:
+    """One function may hold 260 eventfds: three for each of the sibling's vrings and the driver's vectors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def parse_uuid(text: str | None) -> bytes:
+    """The bytes of uuid=TEXT, zeros for None. Raises: UserError."""
     if text is None:
         return bytes(16)
     try:
@@ -214,25 +222,11 @@ def _parse_uuid(text: str | None) -> bytes:
         raise UserError(f"uuid={text} is not a UUID: write it like {uuid.UUID(int=0)}") from None
 
 
-def _start_relay() -> Any:
+def start_relay() -> Any:
+    """The VM's KickRelay, its kernel compiled to and taken from the cache."""
     # numba reads these when it is imported, which happens here and not before.
     os.environ.update(kernel_cache.environment())
     logging.getLogger("numba").setLevel(logging.WARNING)  # at -vv it would tell of every bytecode it compiles
     from vvupipe.vvu.kick_relay import KickRelay
 
     return KickRelay()
-
-
-def _listen(path: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    mask = os.umask(0o177)
-    try:
-        with reachable(path) as short:
-            sock.bind(short)
-        sock.listen(4)
-    except OSError as error:
-        sock.close()
-        raise UserError(f"cannot listen at {path}: {error.strerror}") from error
-    finally:
-        os.umask(mask)
-    return sock

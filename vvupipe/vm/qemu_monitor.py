@@ -1,4 +1,4 @@
-"""QEMU's QMP monitor: start the VM, learn how it ended, ask it to quit (QEMU docs/interop/qmp-spec.rst)."""
+"""QEMU's QMP monitor: start the VM, change it, learn how it ended (QEMU docs/interop/qmp-spec.rst)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
-from qemu.qmp import EventListener, QMPClient, QMPError
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 from qemu.qmp.message import Message
 from qemu.qmp.protocol import ConnectError, Runstate
+
+from vvupipe.errors import TransportError
 
 _log = logging.getLogger(__name__)
 
 _DRAIN_S = 5.0  # how long the last events may take to arrive once QEMU itself has ended
+
+
+class QemuRefused(TransportError):
+    """QEMU answered a command with an error."""
 
 
 class QemuMonitor:
@@ -22,17 +29,18 @@ class QemuMonitor:
 
     started: whether the guest was let run. shutdown_reason: QEMU's word for it (ShutdownCause: "guest-shutdown",
     "guest-reset", ...) once the VM has ended.
-    panicked: whether the guest reported a panic.
+    panicked: whether the guest reported a panic. listeners: called with the name and the data of each event.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._client = QMPClient("vvupipe")
-        self._events = EventListener(names=["SHUTDOWN", "GUEST_PANICKED", "RESET"])
+        self._events = EventListener(names=["SHUTDOWN", "GUEST_PANICKED", "RESET", "DEVICE_DELETED"])
         self._client.register_listener(self._events)
         self.started = False
         self.shutdown_reason: str | None = None
         self.panicked = False
+        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
 
     async def start(self) -> bool:
         """Open the session and let the paused VM run; False when QEMU ended before it could.
@@ -64,6 +72,17 @@ class QemuMonitor:
                 self.panicked = True
             case "RESET":
                 _log.info("the guest was reset (%s)", data.get("reason", "no reason given"))
+        for listener in self.listeners:
+            listener(str(event["event"]), data)
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """A command's answer. Raises: QemuRefused with QEMU's own words, TransportError when QEMU is gone."""
+        try:
+            return await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise QemuRefused(f"QEMU refused {command}: {error}") from error
+        except (QMPError, OSError, EOFError) as error:
+            raise TransportError(f"QEMU does not answer {command}: {error}") from error
 
     async def quit(self) -> None:
         """Ask QEMU to end now; harmless when it has ended or does not listen."""

@@ -7,15 +7,12 @@ memfd. So nothing can be left behind, however we end; the kernel kills QEMU when
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import os
-import signal
 import socket
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from vvupipe.errors import UserError
 from vvupipe.vm.qemu_backend import wait_for_backend
@@ -23,14 +20,12 @@ from vvupipe.vm.qemu_binary import QemuBinary, find_qemu
 from vvupipe.vm.qemu_command import QemuSiblingOptions, VhostUserDisk, check_options, qemu_command
 from vvupipe.vm.qemu_monitor import QemuMonitor
 from vvupipe.vm.qemu_process import start_process, terminal_kept
+from vvupipe.vm.qemu_run import end_qemu, until_signal, verdict
+from vvupipe.vm.sibling_memory import pool_of_proxy
 
 __all__ = ["QemuSiblingOptions", "VhostUserDisk", "run_qemu_sibling"]
 
-_log = logging.getLogger(__name__)
-
-_QUIT_S = 5.0  # how long QEMU may take to quit before it is killed
 _SILENCE_S = 3.0  # a back-end that has not answered by then is worth a line
-_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _say(line: str) -> None:
@@ -45,28 +40,7 @@ async def run_qemu_sibling(options: QemuSiblingOptions, *, say: Callable[[str], 
     """
     check_options(options)
     binary = find_qemu(options.qemu)
-    stay = asyncio.create_task(_stay(options, binary, say))
-    with _signals_cancel(stay):
-        try:
-            return await stay
-        except asyncio.CancelledError:
-            # Ours by a signal, unless somebody cancelled this very task, who must see it.
-            current = asyncio.current_task()
-            if current is not None and current.cancelling():
-                raise
-            return 1
-
-
-@contextlib.contextmanager
-def _signals_cancel(task: asyncio.Task[int]) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    for number in _ENDING_SIGNALS:
-        loop.add_signal_handler(number, task.cancel)
-    try:
-        yield
-    finally:
-        for number in _ENDING_SIGNALS:
-            loop.remove_signal_handler(number)
+    return await until_signal(_stay(options, binary, say))
 
 
 async def _stay(options: QemuSiblingOptions, binary: QemuBinary, say: Callable[[str], None]) -> int:
@@ -74,11 +48,12 @@ async def _stay(options: QemuSiblingOptions, binary: QemuBinary, say: Callable[[
     deadline = None if options.timeout_s is None else time.monotonic() + options.timeout_s
     for disk in options.vhost_user_blk:
         await wait_for_backend(disk.socket_path, _remaining(deadline), say)
-    on_terminal = os.isatty(0)
+    on_terminal = os.isatty(0) and options.serial.kind == "stdout"
     ours, theirs = socket.socketpair()
     monitor = QemuMonitor(ours)
-    with ours, theirs, terminal_kept():
-        command = qemu_command(options, binary, theirs.fileno(), on_terminal=on_terminal)
+    sockets = [disk.socket_path for disk in options.vhost_user_blk]
+    with ours, theirs, terminal_kept(), pool_of_proxy(sockets, options.mem_mib << 20) as memory_path:
+        command = qemu_command(options, binary, theirs.fileno(), on_terminal=on_terminal, memory_path=memory_path)
         if on_terminal:
             say("the guest's console is this terminal; Ctrl-A X ends the VM")
         process = await start_process(command, [theirs.fileno()])
@@ -87,9 +62,9 @@ async def _stay(options: QemuSiblingOptions, binary: QemuBinary, say: Callable[[
         try:
             await _run_started(options, process, monitor, deadline, say)
         finally:
-            await _end(process, monitor)
+            await end_qemu(process, monitor)
             following.cancel()
-    return _verdict(process, monitor, say)
+    return verdict(process, monitor, say)
 
 
 def _remaining(deadline: float | None) -> float | None:
@@ -121,32 +96,3 @@ async def _run_started(
             starting.cancel()
             await asyncio.wait({starting})
     await process.wait()
-
-
-async def _end(process: Process, monitor: QemuMonitor) -> None:
-    """See QEMU ended in every case and the monitor's last words read."""
-    if process.returncode is None:
-        try:
-            async with asyncio.timeout(_QUIT_S):
-                if not monitor.started:
-                    process.kill()  # no guest ran yet, and QEMU hears nothing while it waits for a back-end
-                await monitor.quit()
-                await process.wait()
-        except TimeoutError:
-            _log.warning("QEMU did not quit within %g s: killed", _QUIT_S)
-            process.kill()
-            await process.wait()
-    await monitor.close()
-
-
-def _verdict(process: Process, monitor: QemuMonitor, say: Callable[[str], None]) -> int:
-    """The exit status, and a line for an end that is not the guest's own wish."""
-    if monitor.panicked:
-        say("the guest's kernel panicked")
-    elif monitor.shutdown_reason == "guest-reset":
-        say("the guest asked for a reset: the VM has ended")
-    elif process.returncode:
-        how = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
-        say(f"QEMU ended with {how}")
-    powered_off = monitor.shutdown_reason == "guest-shutdown" and not monitor.panicked
-    return 0 if powered_off and process.returncode == 0 else 1

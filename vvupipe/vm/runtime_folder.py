@@ -188,12 +188,17 @@ def _read_description(path: Path) -> dict[str, Any]:
     return description if isinstance(description, dict) else {}
 
 
+def running_descriptions() -> list[dict[str, Any]]:
+    """vm.json of every device VM of this user that runs."""
+    return [_read_description(path) for path in _folders(base_folder()) if _is_held(path)]
+
+
 def running_vms() -> list[RunningVm]:
     """Every embedded device VM of this user that runs, by name."""
     found = []
     for path in _folders(base_folder()):
         description = _read_description(path) if _is_held(path) else {}
-        if description:
+        if "ram" in description:
             found.append(
                 RunningVm(
                     path.name,

@@ -13,8 +13,10 @@ from vvupipe.pci.config_space import COMMAND, COMMAND_MASTER, COMMAND_MEMORY, VE
 from vvupipe.vfio.function import IRQ_MSIX, REGION_CONFIG, MappableArea, VfioFunction
 from vvupipe.virtio import pci_common as common
 from vvupipe.virtio.split_queue import DriverQueue, FlatMemory, QueueLayout
-from vvupipe.vvu import layout
+from vvupipe.vvu import layout, region_table
 from vvupipe.vvu.capabilities import Structure, find_structures
+from vvupipe.vvu.memory_windows import MemoryWindows
+from vvupipe.vvu.region_table import Piece
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +42,11 @@ class DmaBuffer(Protocol):
 class VvuDriver:
     """Drives `function` with rings in `memory`; owns both. `start` makes it ready for a sibling."""
 
-    def __init__(self, function: VfioFunction, memory: DmaBuffer) -> None:
+    def __init__(self, function: VfioFunction, memory: DmaBuffer, windows: MemoryWindows | None = None) -> None:
+        """windows: where memory is found that is not in the function's own BAR; None: it always is."""
         self.function = function
         self._memory = memory
+        self._windows = windows
         self._irqs: list[int] = []
         self._queues: list[DriverQueue] = []
         self._structures: dict[int, Structure] = {}
@@ -231,13 +235,29 @@ class VvuDriver:
 
     # Memory, kicks, doorbells.
 
-    def shared_memory_areas(self) -> list[MappableArea]:
-        """The areas of the shared-memory BAR as they are now, offsets counted from the start of the structure."""
+    async def shared_memory_areas(self) -> list[MappableArea]:
+        """The areas of the shared-memory BAR as they are now, offsets counted from the start of the structure.
+
+        Raises: TransportError when a window that the function tells of does not appear.
+        """
+        pieces = self._region_table()
+        if any(piece.place != layout.WINDOW_IN_BAR for piece in pieces):
+            assert self._windows is not None
+            return await self._windows.areas(pieces)
         where = self._structures[layout.CFG_SHARED_MEMORY]
         areas = self.function.mappable_areas(where.bar)
         for area in areas:
             area.offset -= where.offset
         return areas
+
+    def _region_table(self) -> list[Piece]:
+        where = self._structures.get(layout.CFG_REGION_TABLE)
+        if where is None or self._windows is None:
+            return []
+        head_bytes = layout.REGION_TABLE_HEAD.size
+        count = region_table.unpack_count(self.function.read(where.bar, where.offset, head_bytes))
+        size = count * layout.REGION_TABLE_ENTRY.size
+        return region_table.unpack_entries(self.function.read(where.bar, where.offset + head_bytes, size))
 
     def kick_eventfd(self, index: int) -> int:
         """Have kicks of vring `index` raise its vector. Returns that vector's eventfd, owned by the caller."""

@@ -174,12 +174,12 @@ class VvuConnection:
     async def memory_regions(self, message: Message) -> list[MemoryRegion]:
         """See transport.Connection: region after region, in the order of the message, from BAR offset 0 on."""
         entries = unpack_memory_table(message)
-        areas = self._driver().shared_memory_areas()
+        areas = await self._driver().shared_memory_areas()
         regions: list[MemoryRegion] = []
         try:
             offset = 0
             for entry in entries:
-                regions.append(_region_at(offset, entry, areas))
+                regions += _regions_at(offset, entry, areas)
                 offset += entry.size_bytes
         except BaseException:
             close_regions(regions)
@@ -220,9 +220,18 @@ class VvuConnection:
                 log.debug("nobody to disconnect: %s", error)
 
 
-def _region_at(offset: int, entry: RegionEntry, areas: list[MappableArea]) -> MemoryRegion:
-    for area in areas:
-        start = offset - area.offset
-        if start >= 0 and start + entry.size_bytes <= area.size_bytes:
-            return MemoryRegion(entry.gpa, entry.size_bytes, entry.uva, os.dup(area.fd), area.fd_offset + start)
-    raise ProtocolError(f"{entry.size_bytes:#x} bytes at {offset:#x} of the shared-memory BAR cannot be mapped")
+def _regions_at(offset: int, entry: RegionEntry, areas: list[MappableArea]) -> list[MemoryRegion]:
+    """The region at `offset` of the shared-memory BAR, in as many parts as it has areas."""
+    found: list[MemoryRegion] = []
+    done = 0
+    for area in sorted(areas, key=lambda area: area.offset):
+        start = offset + done - area.offset
+        if start < 0 or start >= area.size_bytes or done == entry.size_bytes:
+            continue
+        size = min(entry.size_bytes - done, area.size_bytes - start)
+        found.append(MemoryRegion(entry.gpa + done, size, entry.uva + done, os.dup(area.fd), area.fd_offset + start))
+        done += size
+    if done < entry.size_bytes:
+        close_regions(found)
+        raise ProtocolError(f"{entry.size_bytes:#x} bytes at {offset:#x} of the shared-memory BAR cannot be mapped")
+    return found

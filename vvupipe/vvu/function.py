@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 from vvupipe.errors import ProtocolError
@@ -16,10 +17,11 @@ from vvupipe.vfio.irq_table import IrqTable
 from vvupipe.vfio.served_function import Region
 from vvupipe.virtio.pci_common import COMMON_CONFIG_BYTES, CommonConfig
 from vvupipe.virtio.split_queue import DeviceQueue
-from vvupipe.vvu import layout
+from vvupipe.vvu import layout, region_table
 from vvupipe.vvu.identity import build_identity
 from vvupipe.vvu.kick_relay import KickRelay
 from vvupipe.vvu.notifications import Notifications
+from vvupipe.vvu.region_table import Piece
 from vvupipe.vvu.shared_memory_bar import SharedMemoryBar
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class VvuFunction:
         self.irqs = {IRQ_MSIX: msix_irqs}
         self.notifications = Notifications(max_vhost_queues, msix_irqs, relay)
         self.shared_memory = SharedMemoryBar(shared_memory_bytes)
+        self._region_table = region_table.pack([])
         self._uuid = uuid
         self._status = 0
         self._isr = 0
@@ -81,6 +84,10 @@ class VvuFunction:
         """Tell the driver that chains of a queue came back."""
         self._isr |= layout.ISR_QUEUE
         self._irqs.signal(self._common.queues[index].vector)
+
+    def show_regions(self, pieces: Sequence[Piece]) -> None:
+        """Where the driver finds what is in BAR 4 now. Raises: ValueError when there are too many pieces."""
+        self._region_table = region_table.pack(pieces)
 
     def set_frontend_up(self, up: bool) -> None:
         """Status bit 1; a change raises the configuration interrupt."""
@@ -188,6 +195,9 @@ class VvuFunction:
         if region == layout.BAR_VIRTIO:
             return self._read_virtio(offset, count)
         if region == layout.BAR_DOORBELL:
+            if offset >= layout.REGION_TABLE_OFFSET:
+                place = offset - layout.REGION_TABLE_OFFSET
+                return self._region_table[place : place + count].ljust(count, b"\0")
             return self.notifications.read(offset, count)
         if region == layout.BAR_SHARED_MEMORY:
             return self.shared_memory.read(offset, count)

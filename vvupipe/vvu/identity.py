@@ -65,6 +65,7 @@ def build_identity(max_vhost_queues: int, shared_memory_bytes: int) -> Identity:
         multiplier(layout.DOORBELL_MULTIPLIER),
     )
     add(layout.CFG_NOTIFICATION, layout.BAR_DOORBELL, layout.NOTIFICATION_OFFSET, layout.NOTIFICATION_BYTES)
+    add(layout.CFG_REGION_TABLE, layout.BAR_DOORBELL, layout.REGION_TABLE_OFFSET, layout.REGION_TABLE_BYTES)
     high = shared_memory_bytes >> 32
     add(
         layout.CFG_SHARED_MEMORY,

@@ -64,7 +64,18 @@ NOTIFICATION_OFFSET = 0x2000
 NOTIFICATION_BYTES = 0x1000
 NOTIFICATION_SELECT = 0  #: le16
 NOTIFICATION_VECTOR = 2  #: le16
+REGION_TABLE_OFFSET = 0x3000  #: ours, as everything of the region table
+REGION_TABLE_BYTES = 0x1000
 BAR_DOORBELL_BYTES = 0x4000
+
+# Region table: le32 count, then entries; each says where a piece of BAR 4 can be mapped
+REGION_TABLE_HEAD = struct.Struct("<I12x")
+REGION_TABLE_ENTRY = struct.Struct("<QQQII")  #: offset in BAR 4, size, offset in the window, place, devfn
+REGION_TABLE_MAX = (REGION_TABLE_BYTES - REGION_TABLE_HEAD.size) // REGION_TABLE_ENTRY.size
+WINDOW_IN_BAR = 0  #: the piece is mapped through BAR 4 itself; the last three fields are 0
+WINDOW_ON_BUS = 1  #: through BAR 2 of the function `devfn` of the bus that this function sits on
+WINDOW_BEHIND_PORT = 2  #: through BAR 2 of function 0 behind the bridge `devfn` of that bus
+WINDOW_BAR = 2
 
 # BAR 4: shared memory (C), 64-bit and prefetchable
 BAR_SHARED_MEMORY = 4
@@ -80,6 +91,7 @@ CFG_PCI = 5
 CFG_DOORBELL = 6  # C
 CFG_NOTIFICATION = 7  # C
 CFG_SHARED_MEMORY = 8  # C, and the standard's VIRTIO_PCI_CAP_SHARED_MEMORY_CFG
+CFG_REGION_TABLE = 0x76  #: ours
 CAP_HEAD_BYTES = 2
 CAP_BODY = struct.Struct("<BBBB2xII")  #: cap_len, cfg_type, bar, id, offset, length
 CAP_EXTRA_LE32 = struct.Struct("<I")  #: notify_off_multiplier, doorbell_off_multiplier

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vvupipe.memory.doorbell import Doorbell
@@ -30,6 +31,8 @@ class Notifications:
         self._relay = relay
         self._select = 0
         irqs.on_route = self._vector_moved
+        #: called with (doorbell number, fd or -1) when the sibling ties one, before the former fd is closed
+        self.on_tie: Callable[[int, int], None] = lambda number, fd: None
 
     # The driver's side: registers.
 
@@ -94,12 +97,14 @@ class Notifications:
     def set_call(self, index: int, doorbell: Doorbell | None) -> None:
         """Tie doorbell `index`."""
         old, self._vrings[index].call = self._vrings[index].call, doorbell
+        self.on_tie(index, doorbell.fd if doorbell else -1)
         if old:
             old.close()
 
     def set_err(self, index: int, doorbell: Doorbell | None) -> None:
         """Tie the err doorbell of vring `index`."""
         old, self._vrings[index].err = self._vrings[index].err, doorbell
+        self.on_tie(layout.ERR_DOORBELL_BASE + index, doorbell.fd if doorbell else -1)
         if old:
             old.close()
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Coroutine
 from typing import Any
 
 from vvupipe.errors import Disconnected, ProtocolError
-from vvupipe.memory.region import close_regions
+from vvupipe.memory.region import MemoryRegion, close_regions
 from vvupipe.vfio.user_server import is_eventfd
 from vvupipe.vhost_user.messages import (
     ANSWERED,
@@ -28,6 +29,7 @@ from vvupipe.vhost_user.messages import (
 from vvupipe.vhost_user.socket_transport import SocketConnection, SocketTransport
 from vvupipe.vvu import layout
 from vvupipe.vvu.function import VvuFunction
+from vvupipe.vvu.region_table import MemoryPlacer, Piece
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +46,15 @@ _REFUSED = 1
 
 
 class VvuProxy:
-    """Serves siblings at `listening` for `function`, one after another. `run` does the work."""
+    """Serves siblings at `listening` for `function`, one after another. `run` does the work.
 
-    def __init__(self, function: VvuFunction, listening: SocketTransport) -> None:
+    placer: shows the sibling's memory to the VM; None when the driver maps BAR 4 itself.
+    """
+
+    def __init__(self, function: VvuFunction, listening: SocketTransport, placer: MemoryPlacer | None = None) -> None:
         self._function = function
         self._listening = listening
+        self._placer = placer
         self._sibling: SocketConnection | None = None
         self._sending = asyncio.Lock()
         self._acks = False
@@ -122,6 +128,9 @@ class VvuProxy:
     def _forget_sibling(self) -> None:
         self._sibling = None
         self._function.shared_memory.clear()
+        self._function.show_regions([])
+        if self._placer:
+            self._placer.forget()
         self._function.notifications.forget_sibling()
         self._function.set_frontend_up(False)
 
@@ -157,7 +166,10 @@ class VvuProxy:
                 await self._caught_up()  # the driver may still be asking for the areas of the former table
             regions = await connection.memory_regions(message)
             try:
+                function.shared_memory.check(regions)
+                pieces = await self._placer.place(regions) if self._placer else _in_bar(regions)
                 function.shared_memory.fill(regions)
+                function.show_regions(pieces)
             finally:
                 close_regions(regions)
         elif message.request in {Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR}:
@@ -253,6 +265,11 @@ class VvuProxy:
                 return
             with contextlib.suppress(Disconnected):  # `_receive` sees its end too
                 await sibling.send(message)
+
+
+def _in_bar(regions: list[MemoryRegion]) -> list[Piece]:
+    starts = itertools.accumulate((region.size_bytes for region in regions), initial=0)
+    return [Piece(start, region.size_bytes) for start, region in zip(starts, regions, strict=False)]
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> Any:

@@ -20,14 +20,18 @@ class SharedMemoryBar:
         self.size_bytes = size_bytes
         self.areas: list[MappableArea] = []
 
+    def check(self, regions: list[MemoryRegion]) -> None:
+        """Raises: ProtocolError when `regions` do not fit."""
+        total = sum(region.size_bytes for region in regions)
+        if total > self.size_bytes:
+            raise ProtocolError(f"{total >> 20} MiB of memory do not fit into a BAR of {self.size_bytes >> 20} MiB")
+
     def fill(self, regions: list[MemoryRegion]) -> None:
         """Take over `regions` and let go of the former ones.
 
         Raises: ProtocolError when they do not fit; then the fds stay the caller's.
         """
-        total = sum(region.size_bytes for region in regions)
-        if total > self.size_bytes:
-            raise ProtocolError(f"{total >> 20} MiB of memory do not fit into a BAR of {self.size_bytes >> 20} MiB")
+        self.check(regions)
         self.clear()
         offset = 0
         for region in regions:

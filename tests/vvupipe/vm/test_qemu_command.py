@@ -9,9 +9,9 @@ from vvupipe.vm.qemu_command import (
     QemuSiblingOptions,
     VhostUserDisk,
     check_options,
-    kernel_parameters,
     qemu_command,
 )
+from vvupipe.vm.qemu_machine import kernel_parameters
 
 QEMU = QemuBinary("/usr/bin/qemu", (7, 2, 0))
 
@@ -37,7 +37,7 @@ def test_disks_become_devices_on_shared_memory():
         "socket,id=disk0,path=/a,,b,reconnect=1",
         "socket,id=disk1,path=/c,reconnect=1",
     ]
-    assert values(arguments, "-object") == ["memory-backend-memfd,id=ram,size=128M,share=on"]
+    assert values(arguments, "-object") == ["memory-backend-memfd,id=ram,seal=off,size=128M,share=on"]
     assert values(arguments, "-machine") == ["q35,memory-backend=ram"]
     assert values(arguments, "-smp") == ["3"]
     assert "-no-reboot" in arguments

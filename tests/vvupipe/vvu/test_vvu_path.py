@@ -216,7 +216,7 @@ def test_sibling_leaves_and_the_next_one_comes(vm):
                 assert await connection.receive() is None
                 assert await connection.receive() is None
                 assert transport.driver.function.read(0, 0x2000, 1) == b"\1"
-                assert transport.driver.shared_memory_areas() == []
+                assert await transport.driver.shared_memory_areas() == []
                 assert transport.driver.doorbell(0) is None
                 os.eventfd_write(kick, 1)
                 assert not signalled(woken, 0.05)
