@@ -74,12 +74,12 @@ def choose_carrier(choice: CarrierChoice, binary: QemuBinary) -> Literal["vfio-u
         return choice
     try:
         done = subprocess.run(
-            [binary.path, "-device", "help"],
+            [binary.path, "-device", "vfio-user-pci,help"],
             stdin=subprocess.DEVNULL, capture_output=True, timeout=_DEVICES_S, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"{binary.path} does not list its devices: {error}") from error
-    if b'"vfio-user-pci"' in done.stdout:
+        raise UserError(f"{binary.path} does not tell its devices: {error}") from error
+    if done.returncode == 0:
         return "vfio-user"
     if choice == "vfio-user":
         version = ".".join(map(str, binary.version))
