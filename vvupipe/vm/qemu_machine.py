@@ -135,7 +135,7 @@ def machine_arguments(
     command += ["-object", memory, "-machine", f"{machine},memory-backend=ram"]
     command += ["-m", f"{options.mem_mib}M", "-smp", str(options.cpus)]
     command += ["-device", "pvpanic"]
-    command += ["-chardev", f"socket,id=qmp,fd={monitor_fd}", "-mon", "chardev=qmp,mode=control"]
+    command += ["-chardev", f"socket,id=qmp,fd={monitor_fd}", "-qmp", "chardev:qmp"]
     command += _console(options.serial, on_terminal=on_terminal)
     if not options.restart_on_reset:
         command += ["-no-reboot"]
@@ -161,7 +161,7 @@ def _console(serial: Serial, *, on_terminal: bool) -> list[str]:
     if serial.kind == "stdout":
         command = ["-chardev", f"stdio,id=console,signal=off,mux={'on' if on_terminal else 'off'}"]
         command += ["-serial", "chardev:console"]
-        return [*command, "-mon", "chardev=console,mode=readline"] if on_terminal else command
+        return [*command, "-monitor", "chardev:console"] if on_terminal else command
     where = {
         "sink": "null,id=console",
         "file": f"file,id=console,path={value(serial.path)}",

@@ -34,6 +34,8 @@ class QemuMonitor:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        # The library logs as errors what we handle: a QEMU that ended.
+        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
         self._client = QMPClient("vvupipe")
         self._events = EventListener(names=["SHUTDOWN", "GUEST_PANICKED", "RESET", "DEVICE_DELETED"])
         self._client.register_listener(self._events)

@@ -51,7 +51,7 @@ def test_a_new_qemu_counts_the_reconnect_in_milliseconds():
 @pytest.mark.parametrize("on_terminal", [True, False])
 def test_only_a_terminal_shares_the_console_with_the_monitor(on_terminal):
     arguments = command(on_terminal=on_terminal)
-    assert ("chardev=console,mode=readline" in values(arguments, "-mon")) is on_terminal
+    assert ("chardev:console" in values(arguments, "-monitor")) is on_terminal
     assert f"stdio,id=console,signal=off,mux={'on' if on_terminal else 'off'}" in values(arguments, "-chardev")
 
 
