@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from vvupipe.cli.device_list import list_functions
 from vvupipe.cli.parameters import CPU_LIST, SIZE, check_cpus, json_option, set_up_logging, verbose_option
 from vvupipe.errors import UserError
 
@@ -19,12 +20,16 @@ def device() -> None:
     """Run a device back-end."""
 
 
+device.add_command(list_functions)
+
+
 @device.command()
 @click.option("--file", "image", type=click.Path(path_type=Path), required=True, help="Disk image or block device.")
 @click.option("--socket", type=click.Path(path_type=Path), help="Listen for vhost-user front-ends here.")
 @click.option("--fd", type=click.IntRange(min=0), help="vhost-user socket that was inherited, listening or connected.")
 @click.option("--vfio", metavar="ADDR", help="PCI address of the VVU function to drive, as 0000:00:10.0.")
 @click.option("--vm", metavar="NAME", help="The VM that has the function, when several have one there.")
+@click.option("--bind", is_flag=True, help="With --vfio: bind the function to vfio-pci as long as it is driven.")
 @click.option("--read-only", is_flag=True, help="Offer a read-only disk.")
 @click.option("--cpus", type=CPU_LIST, help="CPUs to pin the workers to, as 0,2-3.  [default: all allowed]")
 @click.option("--num-queues", type=click.IntRange(1, _QUEUES_MAX), default=16, show_default=True)
@@ -43,6 +48,7 @@ def block(
     fd: int | None,
     vfio: str | None,
     vm: str | None,
+    bind: bool,
     read_only: bool,
     cpus: list[int] | None,
     num_queues: int,
@@ -59,6 +65,8 @@ def block(
         raise UserError("say where front-ends come from: one of --socket PATH, --fd N or --vfio ADDR")
     if vm is not None and vfio is None:
         raise UserError("--vm goes with --vfio")
+    if bind and vfio is None:
+        raise UserError("--bind goes with --vfio")
     if not 2 <= queue_size <= _QUEUE_SIZE_MAX or queue_size & (queue_size - 1):
         raise UserError(f"--queue-size {queue_size}: use a power of two from 2 to {_QUEUE_SIZE_MAX}")
     cpu_list = check_cpus(cpus)
@@ -69,6 +77,7 @@ def block(
             fd,
             vfio,
             vm,
+            bind,
             read_only,
             cpu_list,
             num_queues,
@@ -87,6 +96,7 @@ async def _serve_block(
     fd: int | None,
     vfio: str | None,
     vm: str | None,
+    bind: bool,
     read_only: bool,
     cpus: list[int],
     num_queues: int,
@@ -113,6 +123,6 @@ async def _serve_block(
         from vvupipe.vm.vvu_transport import open_vvu_transport
 
         assert vfio is not None
-        transport = open_vvu_transport(vfio, vm)
+        transport = open_vvu_transport(vfio, vm, bind=bind)
     block_device = BlockDevice(image, cpus, num_queues, queue_size, spin_us * 1000)
     return await server.run(block_device, transport, EventPrinter(as_json=as_json))

@@ -11,6 +11,7 @@ from pathlib import Path
 from vvupipe.errors import UserError
 
 _POLL_S = 0.1
+_CONNECTED = 3  # include/uapi/linux/net.h: SS_CONNECTED
 _SO_ACCEPTCON = 0x10000  # include/uapi/linux/net.h: the flag of a listening socket, as /proc/net/unix shows it
 
 
@@ -25,6 +26,16 @@ def is_listening(path: Path, table: Path = Path("/proc/net/unix")) -> bool:
     for line in table.read_text(errors="surrogateescape").splitlines()[1:]:
         fields = line.split(maxsplit=7)  # Num RefCount Protocol Flags Type St Inode Path
         if len(fields) == 8 and int(fields[3], 16) & _SO_ACCEPTCON and _same(fields[7], wanted):
+            return True
+    return False
+
+
+def is_connected(path: Path, table: Path = Path("/proc/net/unix")) -> bool:
+    """Whether somebody has connected to the UNIX socket `path`."""
+    wanted = os.path.realpath(path)
+    for line in table.read_text(errors="surrogateescape").splitlines()[1:]:
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8 and int(fields[5], 16) == _CONNECTED and _same(fields[7], wanted):
             return True
     return False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 
 from vvupipe.errors import Disconnected, ProtocolError, TransportError
 from vvupipe.memory.doorbell import Doorbell
@@ -33,8 +34,10 @@ class VvuTransport:
     One front-end at a time, as the function; one task at a time may wait for it.
     """
 
-    def __init__(self, driver: VvuDriver) -> None:
+    def __init__(self, driver: VvuDriver, on_close: Callable[[], None] | None = None) -> None:
+        """on_close: called once the function was let go."""
         self.driver: VvuDriver | None = driver
+        self._on_close = on_close
         self._name = driver.function.name
         #: the zero-length message of the former front-end is still to come
         self.end_due = False
@@ -118,6 +121,8 @@ class VvuTransport:
         if self.driver:
             self.driver.close()
             self.driver = None
+            if self._on_close:
+                self._on_close()
 
     def describe(self) -> str:
         """See transport.Transport."""
