@@ -5,10 +5,9 @@ The guest mounts proc, sys and dev, loads the modules in the order that modules.
 shell on the console), says how that ended and powers off. Nothing of the host but the kernel package and
 busybox-static is needed, and only Python's standard library: tests import this file as a module.
 
-Lines that the guest prints for whoever watches its console:
-
-    vvupipe-guest: ready SECONDS    modules are loaded, the script starts (SECONDS since the kernel started)
-    vvupipe-guest: exit N           the script ended with status N; the guest powers off
+With --host-root the guest then enters the host's own root, which it gets by 9p, read-only below a writable layer of its
+memory (host_root_init.sh): whatever is installed on the host runs in it. guest_init.sh says what the guest prints and
+which kernel parameters it heeds.
 """
 
 from __future__ import annotations
@@ -28,9 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_MODULES = ("virtio_pci", "virtio_blk", "ext4")
+HOST_ROOT_MODULES = ("9pnet_virtio", "9p", "overlay", "vfio_iommu_type1", "vfio-pci")
+HOST_ROOT_WELCOME = ("iommufd",)
 WELCOME_MODULES = ("pvpanic-mmio",)  #: loaded too where the kernel has them: a panic is then told to the hypervisor
 MARKER = "vvupipe-guest:"
 SCRIPT_PARAMETER = "vvupipe.script"  #: kernel parameter that holds a script in base64; the dot keeps it from init
+_HERE = Path(__file__).resolve().parent
 _KERNEL_PACKAGES = "linux-image-amd64"
 _BUSYBOX_PACKAGE = "busybox-static"
 
@@ -198,50 +200,6 @@ class Archive:
         return gzip.compress(bytes(whole._data), compresslevel=6, mtime=0)
 
 
-_INIT = f"""#!/bin/busybox sh
-/bin/busybox mkdir -p /proc /sys /dev /tmp /mnt /bin /sbin
-/bin/busybox --install -s /bin
-export PATH=/bin:/sbin HOME=/ TERM=${{TERM:-linux}}
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t devtmpfs dev /dev
-mount -t tmpfs tmp /tmp
-# Kernel messages in the middle of a marker line would hide it; warnings still get through.
-dmesg -n 4
-
-finish() {{
-    echo "{MARKER} exit $1"
-    sync
-    poweroff -f
-}}
-
-while read -r need path; do
-    if ! insmod "/modules/$path" 2>/tmp/insmod && [ "$need" = required ]; then
-        echo "{MARKER} cannot load $path: $(cat /tmp/insmod)"
-        finish 125
-    fi
-done </etc/guest/modules
-
-for word in $(cat /proc/cmdline); do
-    case "$word" in
-    {SCRIPT_PARAMETER}=*)
-        echo "${{word#*=}}" | base64 -d >/etc/guest/script
-        ;;
-    esac
-done
-
-read -r seconds rest </proc/uptime
-echo "{MARKER} ready $seconds"
-if [ -e /etc/guest/script ]; then
-    sh /etc/guest/script
-else
-    echo "A shell; 'exit' or Ctrl-D powers off. /dev/vda is the first virtual disk."
-    setsid cttyhack sh
-fi
-finish $?
-"""
-
-
 def find_busybox() -> Path:
     """The static busybox. Raises: MissingPart when there is none, or only one that needs shared libraries."""
     found = shutil.which("busybox", path=os.environ.get("PATH", "") + ":/bin:/usr/bin")
@@ -253,18 +211,31 @@ def find_busybox() -> Path:
     return path
 
 
-def build(kernel: Kernel, modules: Iterable[str] = DEFAULT_MODULES, script: str | None = None) -> bytes:
+def build(
+    kernel: Kernel,
+    modules: Iterable[str] = DEFAULT_MODULES,
+    script: str | None = None,
+    *,
+    host_root: bool = False,
+) -> bytes:
     """The initramfs for `kernel`: loads `modules`, runs `script` (None: a shell on the console), powers off.
 
-    Raises: MissingPart.
+    host_root: it does so in the host's root, for which the VM needs a 9p share called "host"
+    (vvupipe run --shared-dir /:host:ro=true). Raises: MissingPart.
     """
+    modules, welcome = list(modules), list(WELCOME_MODULES)
+    if host_root:
+        modules += HOST_ROOT_MODULES
+        welcome += HOST_ROOT_WELCOME
     tree = ModuleTree(kernel.modules)
     archive = Archive()
     archive.character_device("dev/console", 5, 1)
     archive.file("bin/busybox", find_busybox().read_bytes(), 0o755)
-    archive.file("init", _INIT.encode(), 0o755)
+    archive.file("init", (_HERE / "guest_init.sh").read_bytes(), 0o755)
+    if host_root:
+        archive.file("etc/guest/host_root_init.sh", (_HERE / "host_root_init.sh").read_bytes())
     lines = []
-    for path, required in tree.load_order(modules, WELCOME_MODULES):
+    for path, required in tree.load_order(modules, welcome):
         name = _module_name(path) + ".ko"
         archive.file(f"modules/{name}", tree.read(path))
         lines.append(f"{'required' if required else 'optional'} {name}\n")
@@ -294,6 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--module", action="append", default=[], metavar="NAME", help="one more module to load (may be repeated)"
     )
+    parser.add_argument("--host-root", action="store_true", help="enter the host's root (see above)")
     parser.add_argument("--kernel-version", help="which kernel's modules (default: the newest that has some)")
     options = parser.parse_args(arguments)
     try:
@@ -304,7 +276,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise MissingPart(f"no kernel {options.kernel_version}, there is {', '.join(known)}")
             kernel = known[options.kernel_version]
         script = options.script.read_text() if options.script else None
-        options.output.write_bytes(build(kernel, [*DEFAULT_MODULES, *options.module], script))
+        initramfs = build(kernel, [*DEFAULT_MODULES, *options.module], script, host_root=options.host_root)
+        options.output.write_bytes(initramfs)
     except (MissingPart, OSError, UnicodeDecodeError) as error:
         print(f"build_initramfs: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vvupipe.errors import UserError
 from vvupipe.vm.qemu_binary import QemuBinary
-from vvupipe.vm.qemu_machine import MachineOptions, check_machine, machine_arguments, value
+from vvupipe.vm.qemu_machine import MachineOptions, check_machine, machine_arguments, storage_arguments, value
 
 _SUN_PATH_BYTES = 108  # sizeof sun_path, unix(7), with the final NUL
 _RECONNECT_MS_SINCE = (9, 2)  # the version in which `reconnect` (seconds) became `reconnect-ms`
@@ -76,4 +76,4 @@ def qemu_command(
             if number is not None:
                 device += f",{key}={number}"
         command += ["-device", device]
-    return command
+    return command + storage_arguments(options)

@@ -21,7 +21,7 @@ from vvupipe.vm.function_carriers import Carrier, IvshmemCarrier, VfioUserCarrie
 from vvupipe.vm.memory_plugs import MemoryPlugs
 from vvupipe.vm.pci_bus import PciBus
 from vvupipe.vm.qemu_binary import QemuBinary, find_qemu, kvm_usable
-from vvupipe.vm.qemu_machine import MachineOptions, check_machine, machine_arguments
+from vvupipe.vm.qemu_machine import MachineOptions, check_machine, machine_arguments, storage_arguments
 from vvupipe.vm.qemu_monitor import QemuMonitor
 from vvupipe.vm.qemu_process import start_process, terminal_kept
 from vvupipe.vm.qemu_run import end_qemu, until_signal, verdict
@@ -79,7 +79,7 @@ def choose_carrier(choice: CarrierChoice, binary: QemuBinary) -> Literal["vfio-u
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{binary.path} does not tell its devices: {error}") from error
-    if done.returncode == 0:
+    if b"vfio-user-pci options" in done.stdout:
         return "vfio-user"
     if choice == "vfio-user":
         version = ".".join(map(str, binary.version))
@@ -233,7 +233,7 @@ class _DeviceVm:
                     f"pcie-root-port,id={name},addr={_place(port)},chassis={index},slot={index},"
                     f"multifunction={'on' if k == 0 else 'off'},io-reserve=0,pref64-reserve={size}",
                 ]
-        return command
+        return command + storage_arguments(options)
 
     def inherited(self) -> list[int]:
         """File descriptors that QEMU must inherit."""

@@ -139,6 +139,16 @@ def machine_arguments(
     command += _console(options.serial, on_terminal=on_terminal)
     if not options.restart_on_reset:
         command += ["-no-reboot"]
+    if options.kernel is not None:
+        command += ["-kernel", str(options.kernel), "-append", kernel_parameters((*parameters, *options.params))]
+    if options.initrd is not None:
+        command += ["-initrd", value(options.initrd)]
+    return command
+
+
+def storage_arguments(options: MachineOptions) -> list[str]:
+    """Disks and shared folders, at whatever PCI addresses are left: goes behind what has one of its own."""
+    command: list[str] = []
     for index, disk in enumerate(options.blocks):
         read_only = "on" if disk.read_only else "off"
         command += ["-drive", f"if=none,id=block{index},format=raw,file={value(disk.path)},readonly={read_only}"]
@@ -150,10 +160,6 @@ def machine_arguments(
             f"local,id=shared{index},path={value(shared.path)},security_model=none,multidevs=remap{read_only}",
         ]
         command += ["-device", f"virtio-9p-pci,fsdev=shared{index},mount_tag={value(shared.tag)}"]
-    if options.kernel is not None:
-        command += ["-kernel", str(options.kernel), "-append", kernel_parameters((*parameters, *options.params))]
-    if options.initrd is not None:
-        command += ["-initrd", value(options.initrd)]
     return command
 
 
