@@ -3,9 +3,11 @@
 import numpy as np
 from numba import int32, int64, uint64
 
+from kernels.blk_bounce import bounce_transfer
 from kernels.blk_request import total_bytes
 from kernels.jit import kernel
 from kernels.memory import (
+    EFAULT,
     EINTR,
     copy_bytes,
     last_errno,
@@ -28,6 +30,8 @@ DISK = np.dtype(
         ("map_bytes", "<u8"),
         ("id_address", "<u8"),  # BLK_ID_BYTES of serial, zero-padded
         ("bus_errors", "<u8"),  # address of control_block.WORKER.bus_errors
+        ("bounce_address", "<u8"),  # blk_bounce.BOUNCE_BYTES of this process
+        ("bounces", "<i8"),  # 1: the kernel refused guest memory once, so do not try again
         ("waited", "<i8"),  # set to 1 by whatever may have waited for the disk
     ]
 )
@@ -68,10 +72,15 @@ def transfer(disk, segments, first, end, offset, writing):
     disk.waited = 1
     fd = int32(disk.fd)
     while first < end:
+        if disk.bounces:
+            return bounce_transfer(fd, disk.bounce_address, segments, first, end, offset, writing)
         iovec = uint64(segments.ctypes.data) + uint64(16) * uint64(first)
         parts = int32(min(end - first, _IOV_MAX))
         done = libc_pwritev(fd, iovec, parts, offset) if writing else libc_preadv(fd, iovec, parts, offset)
         if done < 0 and last_errno() == EINTR:
+            continue
+        if done < 0 and last_errno() == EFAULT:
+            disk.bounces = 1
             continue
         if done <= 0:
             return ERR_IO

@@ -145,6 +145,7 @@ libc_mmap = types.ExternalFunction(
 
 
 EINTR = 4  # <errno.h>
+EFAULT = 14
 
 
 @kernel

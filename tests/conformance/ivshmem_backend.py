@@ -18,7 +18,7 @@ from vvupipe.vvu.memory_windows import MemoryWindows
 def opener(guest_fd, devices):
     """What stands in for open_vvu_transport."""
 
-    def open_mock(address, *_):
+    def open_mock(address, *_, **__):
         with socket.socket(fileno=guest_fd) as guest:
             _, fds, _, _ = socket.recv_fds(guest, 1, 1)
         function, memory = open_ivshmem(IvshmemDevice(socket.socket(fileno=fds[0])))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from kernels import blk_worker
 from kernels import control_block as layout
+from kernels.blk_bounce import BOUNCE_BYTES
 from kernels.blk_io import DISK
 from kernels.virtio_layout import BLK_ID_BYTES, SECTOR_BYTES
 from vvupipe.errors import WorkerError
@@ -24,6 +25,7 @@ class BlockKernel:
         self._disk = np.zeros(1, DISK)
         self._serial = np.zeros(BLK_ID_BYTES, np.uint8)
         self._mapping: Mapping | None = None
+        self._bounce = np.zeros(BOUNCE_BYTES, np.uint8)
 
     def open(self, fields: commands.Fields, fds: list[int], worker_address: int) -> None:
         """Take over the image's fd; map it when it can be mapped, for reads only."""
@@ -35,6 +37,7 @@ class BlockKernel:
         serial = str(fields["serial"]).encode()[:BLK_ID_BYTES]
         self._serial[: len(serial)] = list(serial)
         disk["id_address"] = self._serial.ctypes.data
+        disk["bounce_address"] = self._bounce.ctypes.data
         disk["bus_errors"] = worker_address + layout.offset_of(layout.WORKER, "bus_errors")
         try:
             self._mapping = Mapping(int(disk["fd"]), size_bytes, writable=False)
