@@ -15,10 +15,8 @@ for folder in proc sys dev; do
 done
 mkdir -p /dev/pts /dev/shm
 mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /root/dev/pts
-for folder in dev/shm run tmp var/tmp; do
-    mount -t tmpfs -o mode=1777 tmpfs "/root/$folder"
-done
-chmod 755 /root/run
+mount -t tmpfs -o mode=1777 tmpfs /root/dev/shm
+mount -t tmpfs -o mode=755 tmpfs /root/run
 hostname "$(parameters name | tail -n 1)" 2>/dev/null
 ip link set lo up
 
@@ -29,16 +27,15 @@ for share in $(parameters share); do
 done
 
 enter_host_root() {
-    # The script may be anywhere but in /host: it is copied into the guest's own /tmp.
-    [ -e /etc/guest/script ] && cp /etc/guest/script /root/tmp/.vvupipe-script
     set -- PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root "TERM=$TERM" LANG=C.UTF-8
     for setting in $(parameters env); do
         set -- "$@" "$setting"
     done
     folder=$(parameters cwd | tail -n 1)
     cp /bin/busybox /root/run/busybox
+    [ -e /etc/guest/script ] && cp /etc/guest/script /root/run/vvupipe-script
     if [ -e /etc/guest/script ]; then
-        env -i "$@" chroot /root /run/busybox sh -c "cd '${folder:-/}' && exec sh /tmp/.vvupipe-script"
+        env -i "$@" chroot /root /run/busybox sh -c "cd '${folder:-/}' && exec sh /run/vvupipe-script"
     else
         echo "A shell in the host's root, which is read-only: what is written goes away. 'exit' powers off."
         env -i "$@" chroot /root /run/busybox sh -c \

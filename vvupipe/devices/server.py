@@ -16,11 +16,12 @@ from vvupipe.units import human_bytes
 from vvupipe.vhost_user.backend import serve
 from vvupipe.vhost_user.device import Device
 from vvupipe.vhost_user.transport import Transport
+from vvupipe.workers import kernel_cache
 from vvupipe.workers.control_block import VringCounters
 
 log = logging.getLogger(__name__)
 
-_COMPILING_S = 2.0  # a start from the cache takes about half a second; what takes longer is worth a line
+_SLOW_START_S = 2.0  # a start from the cache takes about half a second; what takes longer is worth a line
 
 
 class ServedDevice(Device, Protocol):
@@ -47,7 +48,7 @@ async def run(device: ServedDevice, transport: Transport, events: EventPrinter) 
         loop.add_signal_handler(number, stop.set)
     serving: asyncio.Task[None] | None = None
     try:
-        notice = loop.call_later(_COMPILING_S, _say_compiling)
+        notice = loop.call_later(_SLOW_START_S, _say_starting)
         await device.start()
         notice.cancel()
         _announce(device, transport, events)
@@ -71,8 +72,10 @@ async def run(device: ServedDevice, transport: Transport, events: EventPrinter) 
     return 0
 
 
-def _say_compiling() -> None:
-    print("compiling the kernels, which is needed once", file=sys.stderr, flush=True)
+def _say_starting() -> None:
+    warm = kernel_cache.is_warm()
+    line = "loading the kernels" if warm else "compiling the kernels, which is needed once"
+    print(line, file=sys.stderr, flush=True)
 
 
 async def _serve_all(device: ServedDevice, transport: Transport, events: EventPrinter) -> None:

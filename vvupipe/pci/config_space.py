@@ -40,6 +40,7 @@ _BAR_MIN_BYTES = 16
 
 CAP_VENDOR = 0x09  # appendix H
 CAP_MSIX = 0x11
+CAP_ADVANCED_FEATURES = 0x13  # ECN "Conventional PCI Advanced Features"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import errno
 import os
 import stat
@@ -11,7 +12,7 @@ from vvupipe.errors import ProtocolError
 from vvupipe.memory.mapping import Mapping
 
 _MAPS_MAX = 65535  # "max_dma_maps"
-_ADDRESS_END = 1 << 64
+ADDRESS_END = 1 << 64
 
 
 @dataclass(slots=True)
@@ -23,18 +24,22 @@ class _DmaMap:
 
 
 class DmaSpace:
-    """Implements virtio's BusMemory on DMA_MAP and DMA_UNMAP."""
+    """Implements virtio's BusMemory on DMA_MAP and DMA_UNMAP.
+
+    A client behind an IOMMU maps page by page, so there may be many mappings: they are kept sorted.
+    """
 
     def __init__(self) -> None:
         self._maps: list[_DmaMap] = []
+        self._starts: list[int] = []  # their iovas, for bisect
 
     def map(self, iova: int, size_bytes: int, fd: int | None, fd_offset: int, *, writable: bool) -> None:
         """Add a mapping; `fd` stays the caller's. Raises: OSError (EINVAL, EEXIST on an overlap, ENOSPC)."""
-        if not size_bytes or iova + size_bytes > _ADDRESS_END:
+        if not size_bytes or iova + size_bytes > ADDRESS_END:
             raise OSError(errno.EINVAL, "a DMA mapping that is empty or wraps")
         if len(self._maps) >= _MAPS_MAX:
             raise OSError(errno.ENOSPC, "too many DMA mappings")
-        if any(iova < m.iova + m.size_bytes and m.iova < iova + size_bytes for m in self._maps):
+        if self.overlaps(iova, size_bytes):
             raise OSError(errno.EEXIST, "a DMA mapping over another one")
         mapping = None
         if fd is not None:
@@ -45,31 +50,51 @@ class DmaSpace:
                 mapping = Mapping(fd, size_bytes, fd_offset, writable=writable)
             except (ValueError, OverflowError) as error:
                 raise OSError(errno.EINVAL, str(error)) from error
-        self._maps.append(_DmaMap(iova, size_bytes, mapping, writable))
+        place = bisect.bisect(self._starts, iova)
+        self._starts.insert(place, iova)
+        self._maps.insert(place, _DmaMap(iova, size_bytes, mapping, writable))
 
     def unmap(self, iova: int, size_bytes: int) -> None:
-        """Remove a mapping, exactly as it was made. Raises: OSError (ENOENT)."""
-        for k, entry in enumerate(self._maps):
-            if (entry.iova, entry.size_bytes) == (iova, size_bytes):
-                del self._maps[k]
-                _unmap(entry)
-                return
-        raise OSError(errno.ENOENT, "no such DMA mapping")
+        """Remove every mapping in a range, as a type-1 IOMMU does: there need not be one.
+
+        Raises: OSError (EINVAL when the range cuts one in two).
+        """
+        first, end = self._touched(iova, size_bytes)
+        if first == end:
+            return
+        last = self._maps[end - 1]
+        if self._starts[first] < iova or last.iova + last.size_bytes > iova + size_bytes:
+            raise OSError(errno.EINVAL, "a part of a DMA mapping")
+        for entry in self._maps[first:end]:
+            _unmap(entry)
+        del self._maps[first:end]
+        del self._starts[first:end]
 
     def clear(self) -> None:
         """Remove all."""
+        self._starts.clear()
         while self._maps:
             _unmap(self._maps.pop())
 
+    def _touched(self, iova: int, size_bytes: int) -> tuple[int, int]:
+        """The mappings [first, end) that have bytes of this range."""
+        first = bisect.bisect(self._starts, iova)
+        if first and self._maps[first - 1].iova + self._maps[first - 1].size_bytes > iova:
+            first -= 1
+        return first, max(first, bisect.bisect_left(self._starts, iova + size_bytes))
+
     def overlaps(self, iova: int, size_bytes: int) -> bool:
         """Whether any mapping has bytes of this range."""
-        return any(iova < m.iova + m.size_bytes and m.iova < iova + size_bytes for m in self._maps)
+        first, end = self._touched(iova, size_bytes)
+        return first < end
 
     def view(self, address_gpa: int, size_bytes: int) -> memoryview:
         """See virtio.split_queue.BusMemory; the bytes must lie in one mapping."""
-        for entry in self._maps:
+        place = bisect.bisect(self._starts, address_gpa) - 1
+        if place >= 0:
+            entry = self._maps[place]
             start = address_gpa - entry.iova
-            if start >= 0 and start + size_bytes <= entry.size_bytes:
+            if start + size_bytes <= entry.size_bytes:
                 if entry.mapping is None or not entry.writable:
                     raise ProtocolError(f"memory at {address_gpa:#x} is not mapped for writing")
                 return entry.mapping.view[start : start + size_bytes]

@@ -56,6 +56,7 @@ DMA_MAP = struct.Struct("=IIQQQ")  #: argsz, flags, fd offset, address, size
 DMA_READABLE = 1
 DMA_WRITABLE = 2
 DMA_UNMAP = struct.Struct("=IIQQ")  #: argsz, flags, address, size
+DMA_UNMAP_ALL = 2  #: "unmap all", with address and size 0
 DEVICE_INFO = struct.Struct("=IIII")  #: argsz, flags, num_regions, num_irqs
 DEVICE_FLAGS_RESET = 1
 DEVICE_FLAGS_PCI = 2
@@ -136,10 +137,10 @@ def pack_error(request: Header, errno: int, payload: bytes = b"") -> bytes:
     return HEADER.pack(request.message_id, request.command, size, TYPE_REPLY | FLAG_ERROR, errno) + payload
 
 
-def pack_version(capabilities: dict[str, Any]) -> bytes:
+def pack_version(capabilities: dict[str, Any], minor: int = VERSION_MINOR) -> bytes:
     """The payload of VERSION and of its reply."""
     text = json.dumps({"capabilities": capabilities}).encode()
-    return VERSION.pack(VERSION_MAJOR, VERSION_MINOR) + text + b"\0"
+    return VERSION.pack(VERSION_MAJOR, minor) + text + b"\0"
 
 
 def unpack_version(payload: bytes) -> tuple[int, int, dict[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any
 from vvupipe.errors import ProtocolError
 from vvupipe.fd_socket import FdSocket, close_all, wait_fd
 from vvupipe.vfio import user_messages as wire
+from vvupipe.vfio.dma_space import ADDRESS_END
 from vvupipe.vfio.function import NUM_IRQS, NUM_REGIONS
 from vvupipe.vfio.irq_table import IrqTable
 from vvupipe.vfio.region_info import pack_io_events, pack_region
@@ -211,7 +212,7 @@ class _Client:
     def _version(self, payload: bytes, fds: list[int]) -> Answer:
         if self._version_done:
             raise ProtocolError("a second VERSION")
-        major, _, capabilities = wire.unpack_version(payload)
+        major, minor, capabilities = wire.unpack_version(payload)
         if major != wire.VERSION_MAJOR:
             raise OSError(errno.EINVAL, f"version {major} is not ours")
         self._fds_max = min(wire.capability_number(capabilities, "max_msg_fds", 1), wire.MESSAGE_FDS_MAX)
@@ -220,10 +221,13 @@ class _Client:
         )
         self._extensions = wire.our_extensions(capabilities)
         own: dict[str, Any] = dict(_OWN_CAPABILITIES)
+        if not self._extensions:
+            own["max_msg_fds"] = self._fds_max  # QEMU 10 and 11 take no more than they offered
         if self._extensions:
             own[wire.EXTENSION] = dict.fromkeys(sorted(self._extensions), True)
         self._version_done = True
-        return wire.pack_version(own), []
+        # "The server's reply": its own version, unless the client's is lower.
+        return wire.pack_version(own, min(minor, wire.VERSION_MINOR)), []
 
     def _dma_map(self, payload: bytes, fds: list[int]) -> Answer:
         _, flags, offset, iova, size = _fields(wire.DMA_MAP, payload)
@@ -234,7 +238,11 @@ class _Client:
         return b"", []
 
     def _dma_unmap(self, payload: bytes, fds: list[int]) -> Answer:
-        _, _, iova, size = _fields(wire.DMA_UNMAP, payload)
+        _, flags, iova, size = _fields(wire.DMA_UNMAP, payload)
+        if flags & wire.DMA_UNMAP_ALL:
+            if iova or size:
+                raise OSError(errno.EINVAL, "all, and a range")
+            size = ADDRESS_END
         self._function.before_unmap(iova, size)
         self._function.dma.unmap(iova, size)
         return payload[: wire.DMA_UNMAP.size], []

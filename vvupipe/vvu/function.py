@@ -56,6 +56,7 @@ class VvuFunction:
         self.backend: Backend | None = None
         identity = build_identity(max_vhost_queues, shared_memory_bytes)
         self.config, self._msix, self._pci_cfg = identity.config, identity.msix, identity.pci_cfg_offset
+        self._flr = identity.advanced_features_offset + layout.AF_CONTROL
         self.dma = DmaSpace()
         msix_irqs = IrqTable(self._msix.count)
         msix_irqs.on_pending = self._msix.set_pending
@@ -269,6 +270,10 @@ class VvuFunction:
         return self.config.read(offset, count)
 
     def _write_config(self, offset: int, data: bytes) -> None:
+        control = self._flr - offset
+        if 0 <= control < len(data) and data[control] & layout.AF_INITIATE_FLR:
+            self.reset()
+            return
         self.config.write(offset, data)
         start = self._pci_cfg + layout.PCI_CFG_DATA
         if offset < start + layout.PCI_CFG_DATA_BYTES and start < offset + len(data):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vvupipe.pci.config_space import CAP_VENDOR, Bar, ConfigSpace
+from vvupipe.pci.config_space import CAP_ADVANCED_FEATURES, CAP_VENDOR, Bar, ConfigSpace
 from vvupipe.pci.msix import Msix
 from vvupipe.virtio.pci_common import COMMON_CONFIG_BYTES
 from vvupipe.vvu import layout
@@ -19,6 +19,7 @@ class Identity:
     config: ConfigSpace
     msix: Msix
     pci_cfg_offset: int
+    advanced_features_offset: int
 
 
 def build_identity(max_vhost_queues: int, shared_memory_bytes: int) -> Identity:
@@ -74,4 +75,5 @@ def build_identity(max_vhost_queues: int, shared_memory_bytes: int) -> Identity:
         shared_memory_bytes & _LARGEST_32BIT,
         layout.CAP64_EXTRA.pack(0, high) if high else b"",
     )
-    return Identity(config, msix, pci_cfg)
+    features = layout.AF_BODY.pack(layout.AF_BYTES, layout.AF_TP_FLR, 0, 0)
+    return Identity(config, msix, pci_cfg, config.add_capability(CAP_ADVANCED_FEATURES, features))

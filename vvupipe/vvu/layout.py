@@ -106,6 +106,13 @@ PCI_CFG_DATA_BYTES = 4
 ISR_QUEUE = 1
 ISR_CONFIG = 2
 
+# Advanced Features (PCI ECN), so that whoever gave the function to a process can reset it afterwards
+AF_BODY = struct.Struct("<BBBB")  #: length, capabilities, control, status
+AF_BYTES = 6
+AF_TP_FLR = 3  #: transactions pending is told; function-level reset can be done
+AF_CONTROL = 4  #: from the capability's start
+AF_INITIATE_FLR = 1
+
 # Device configuration (C)
 DEVICE_CONFIG = struct.Struct("<II16s")  #: status, max_vhost_queues, uuid
 DEVICE_CONFIG_BYTES = DEVICE_CONFIG.size

@@ -57,6 +57,11 @@ def folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="vvupipe-cache-"))
 
 
+def is_warm() -> bool:
+    """Whether kernels were compiled into the cache before: loading them takes a fraction of that time."""
+    return any(folder().glob("**/*_worker.serve-*.nbi"))
+
+
 def environment() -> dict[str, str]:
     """Environment of a process that runs kernels: this one's, with numba pointed to the cache."""
     return {

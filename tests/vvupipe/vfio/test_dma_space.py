@@ -1,6 +1,8 @@
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vvupipe.errors import ProtocolError
 from vvupipe.vfio.dma_space import DmaSpace
@@ -49,3 +51,48 @@ def test_unmap_while_a_view_is_alive(memfd):
     dma.unmap(0, 0x1000)
     view[:] = b"kept"  # its memory stays until the view goes
     assert os.pread(memfd, 4, 0) == b"kept"
+
+
+def test_unmapping_a_range_takes_all_mappings_in_it(memfd):
+    dma = DmaSpace()
+    for page in (5, 1, 2, 9):
+        dma.map(page << 12, 0x1000, memfd, page << 12, writable=True)
+    with pytest.raises(OSError, match="a part of"):
+        dma.unmap(0x1800, 0x4000)
+    dma.unmap(0x3000, 0x2000)  # nothing there
+    dma.unmap(0, 0x4000)
+    assert not dma.overlaps(0, 0x5000)
+    dma.view(0x5000, 4)[:] = b"five"
+    assert os.pread(memfd, 4, 0x5000) == b"five"
+    dma.unmap(0, 1 << 64)
+    assert not dma.overlaps(0, 1 << 64)
+
+
+@given(
+    steps=st.lists(st.tuples(st.booleans(), st.integers(0, 15), st.integers(1, 6)), max_size=40),
+)
+def test_against_a_list_of_pages(steps):
+    fd = os.memfd_create("dma")
+    os.ftruncate(fd, 32 << 12)
+    dma = DmaSpace()
+    owner = [None] * 32  # which mapping has each page
+    for number, (mapping, page, count) in enumerate(steps):
+        pages = owner[page : page + count]
+        try:
+            if mapping:
+                dma.map(page << 12, count << 12, fd, page << 12, writable=True)
+                assert not any(o is not None for o in pages)
+                owner[page : page + count] = [number] * count
+            else:
+                dma.unmap(page << 12, count << 12)
+                inside = {o for o in pages if o is not None}
+                assert not inside & {o for k, o in enumerate(owner) if not page <= k < page + count}
+                owner[page : page + count] = [None] * count
+        except OSError:
+            inside = {o for o in pages if o is not None}
+            cut = inside & {o for k, o in enumerate(owner) if not page <= k < page + count}
+            assert inside if mapping else cut
+    for k, o in enumerate(owner):
+        assert dma.overlaps(k << 12, 0x1000) is (o is not None)
+    dma.clear()
+    os.close(fd)

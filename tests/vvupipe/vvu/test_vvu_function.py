@@ -77,6 +77,20 @@ def capabilities(function):
     return found
 
 
+def test_function_level_reset(function):
+    config = function.read(CONFIG, 0, 256)
+    offset = config[0x34]
+    while config[offset] != 0x13:
+        offset = config[offset + 1]
+    assert config[offset + 2 : offset + 6] == bytes((6, 3, 0, 0))
+    function.write(0, 0x2000, b"\1")  # back-end up
+    function.write(CONFIG, offset + 4, b"\0")
+    assert function.read(0, 0x2000, 1) == b"\1"
+    function.write(CONFIG, offset + 4, b"\1")
+    assert function.read(0, 0x2000, 1) == b"\0"
+    assert function.read(CONFIG, offset + 4, 1) == b"\0"
+
+
 def test_pci_identity(function):
     config = function.read(CONFIG, 0, 64)
     assert struct.unpack_from("<HH", config) == (0x1AF4, 0x107D)
