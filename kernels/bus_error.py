@@ -22,23 +22,21 @@ _ADDRESS = np.uint64(cb.offset_of(cb.WORKER, "bus_error_address"))
 _EXIT_STATUS = 128 + SIGBUS
 
 
-def make_handler(record_address):
-    """A compiled `sa_sigaction` that counts in the control_block.WORKER at `record_address` (fixed from then on).
+#: Address of a page that the process maps there; its first word is the address of its control_block.WORKER. A fixed
+#: one, so that the compiled handler can come from the cache: a signal handler has no argument of its own.
+RECORD_PAGE = 0x6276_7570_0000
+RECORD_PAGE_BYTES = 4096
 
-    Keep the returned object: the kernel holds only its `address`.
-    """
-    count = np.uint64(record_address) + _COUNT
-    last = np.uint64(record_address) + _ADDRESS
 
-    @cfunc(types.void(types.int32, types.uint64, types.uint64))
-    def on_bus_error(signal_number, info, context):
-        fault = load_u64(info + _SI_ADDR)
-        page = fault & _PAGE_MASK
-        mapped = libc_mmap(page, _PAGE_BYTES, _PROT_READ_WRITE, _MAP_PRIVATE_FIXED_ANONYMOUS, np.int32(-1), np.int64(0))
-        if mapped == _MAP_FAILED:
-            # The instruction would fault for ever; the coordinator replaces a worker that ends.
-            end_process(np.int32(_EXIT_STATUS))
-        store_u64(last, fault)
-        store_u64(count, load_u64(count) + np.uint64(1))
-
-    return on_bus_error
+@cfunc(types.void(types.int32, types.uint64, types.uint64), cache=True)
+def on_bus_error(signal_number, info, context):
+    """A `sa_sigaction` that counts in the worker's record."""
+    fault = load_u64(info + _SI_ADDR)
+    page = fault & _PAGE_MASK
+    mapped = libc_mmap(page, _PAGE_BYTES, _PROT_READ_WRITE, _MAP_PRIVATE_FIXED_ANONYMOUS, np.int32(-1), np.int64(0))
+    if mapped == _MAP_FAILED:
+        # The instruction would fault for ever; the coordinator replaces a worker that ends.
+        end_process(np.int32(_EXIT_STATUS))
+    record = load_u64(np.uint64(RECORD_PAGE))
+    store_u64(record + _ADDRESS, fault)
+    store_u64(record + _COUNT, load_u64(record + _COUNT) + np.uint64(1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import os
 import socket
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from vvupipe.workers.executor import CommandExecutor, command_socket
 log = logging.getLogger(__name__)
 
 _SA_SIGINFO = 4  # sigaction(2)
+_MAP_FIXED_NOREPLACE = 0x100000  # mmap(2)
 
 
 class DeviceKernel(Protocol):
@@ -115,9 +117,18 @@ class Worker(CommandExecutor):
         self._device.serve(self._loop[0], self._rings, self._pollfds, self._regions, self._segments)
 
     def _install_bus_error_handler(self, worker_address: int) -> None:
-        self._handler = bus_error.make_handler(worker_address)
-        action = _SigAction(handler=self._handler.address, flags=_SA_SIGINFO)
-        if ctypes.CDLL(None, use_errno=True).sigaction(bus_error.SIGBUS, ctypes.byref(action), None):
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        page = bus_error.RECORD_PAGE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
+        size = ctypes.c_size_t(bus_error.RECORD_PAGE_BYTES)
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        if libc.mmap(ctypes.c_void_p(page), size, protection, flags, -1, ctypes.c_long(0)) != page:
+            raise OSError(ctypes.get_errno(), "no page for the SIGBUS handler")
+        # SAFETY: the page was mapped just now and stays.
+        ctypes.c_uint64.from_address(page).value = worker_address
+        action = _SigAction(handler=bus_error.on_bus_error.address, flags=_SA_SIGINFO)
+        if libc.sigaction(bus_error.SIGBUS, ctypes.byref(action), None):
             raise OSError(ctypes.get_errno(), "no handler for SIGBUS")
 
     def _do_memory(self, fields: commands.Fields, fds: list[int]) -> None:

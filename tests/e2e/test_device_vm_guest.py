@@ -1,0 +1,209 @@
+"""The whole scene with two real guests: the back-end runs in one of them and serves the other."""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+
+import psutil
+import pytest
+from device_vm_guest import VVUPIPE, DeviceVm, guest_command
+from guest_kit import Guest, initramfs, kernel
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
+
+ADDRESS, OTHER = "0000:00:10.0", "0000:00:11.0"
+MIB = 1 << 20
+SBIN = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
+
+TREE_SCRIPT = """
+set -e
+mke2fs /dev/vda >/dev/null
+mount -t ext4 /dev/vda /mnt
+cp -r /modules /etc /init /mnt
+for i in $(seq 100); do echo "file $i" >/mnt/$i; done
+sync
+diff -r /modules /mnt/modules
+echo "tree $(cd /mnt && find modules init -type f | sort | xargs sha256sum | sha256sum)"
+umount /mnt
+echo "disk $(sha256sum </dev/vda)"
+"""
+
+#: Writes whole MiBs with their number in every byte, each flushed, and tells after each; then reads all of it.
+COUNT_SCRIPT = """
+for i in $(seq 40); do
+    tr '\\0' "\\\\$(printf %03o $i)" </dev/zero | head -c 1048576 >/tmp/data
+    dd if=/tmp/data of=/dev/vda bs=1M seek=$i oflag=direct conv=notrunc,fsync 2>/dev/null || exit 9
+    echo "flushed $i"
+done
+for i in $(seq 40); do
+    tr '\\0' "\\\\$(printf %03o $i)" </dev/zero | head -c 1048576 >/tmp/data
+    dd if=/dev/vda bs=1M skip=$i count=1 iflag=direct 2>/dev/null | cmp - /tmp/data || exit 10
+done
+"""
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def make_image(folder, name, size):
+    path = folder / name
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+def sibling(vm, address, script, **options):
+    return Guest(vm.folder, [vm.sockets[address]], script, env=vm.environment, **options)
+
+
+@pytest.fixture(scope="module")
+def vm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scene")
+    with DeviceVm(folder, {ADDRESS: folder / "a.sock", OTHER: folder / "b.sock"}) as vm:
+        yield vm
+
+
+def test_the_guest_sees_both_functions(vm):
+    line = vm.check("lspci -s 00:10.0").strip()
+    assert line == "00:10.0 RAM memory: Red Hat, Inc. Inter-VM shared memory (rev 01)"
+    listed = [json.loads(line) for line in vm.check(guest_command("device", "list", "--json")).splitlines()]
+    assert [entry["address"] for entry in listed] == [ADDRESS, OTHER]
+    assert all("--bind" in entry["state"] for entry in listed)
+    status, output = vm.run(guest_command("device", "block", "--vfio", ADDRESS, "--file", "/share/missing.img"))
+    assert (status, "missing.img" in output) == (2, True)
+
+
+def test_a_file_system_made_and_used_by_the_sibling(vm):
+    image = make_image(vm.folder, "tree.img", 96 * MIB)
+    pid = vm.start_backend(ADDRESS, "tree.img")
+    # More RAM than the device VM has.
+    with sibling(vm, ADDRESS, TREE_SCRIPT, mem_mib=1024) as guest:
+        end = guest.wait(120)
+    assert (end.status, end.script_status) == (0, 0), (end, vm.said)
+    assert end.word("disk").split()[0] == sha256(image.read_bytes())
+    fsck = subprocess.run(["fsck.ext4", "-fn", image], capture_output=True, text=True, env=SBIN, check=False)
+    assert fsck.returncode == 0, fsck.stdout + fsck.stderr
+    stopped = vm.folder / "tree.img.log"
+    vm.check(f"kill {pid} && wait {pid}")
+    assert '"event": "stopped"' in stopped.read_text()
+    # --bind was undone.
+    assert vm.run(f"readlink /sys/bus/pci/devices/{ADDRESS}/driver")[0] == 1
+
+
+def test_kernels_are_the_host_s(vm):
+    text = (vm.folder / "tree.img.log").read_text()
+    assert "compiling" not in text
+
+
+def test_two_siblings_at_once_one_with_memory_of_its_own(vm):
+    make_image(vm.folder, "a.img", 64 * MIB)
+    make_image(vm.folder, "b.img", 64 * MIB)
+    pids = [vm.start_backend(ADDRESS, "a.img"), vm.start_backend(OTHER, "b.img")]
+    with sibling(vm, ADDRESS, COUNT_SCRIPT) as guest:
+        # The embedded sibling's RAM is POSIX shared memory that is plugged into the running VM.
+        verify = ["run", "--vhost-user-blk", vm.sockets[OTHER], "--workload", "verify", "--runtime", "5s", "--json"]
+        done = subprocess.run(
+            [*VVUPIPE, *map(str, verify)], env=vm.environment, capture_output=True, text=True, timeout=90, check=False
+        )
+        end = guest.wait(120)
+    assert done.returncode == 0, (done.stdout, done.stderr, vm.said)
+    assert (end.status, end.script_status) == (0, 0), (end, vm.said)
+    assert "MiB of a sibling's memory" in vm.said
+    vm.check(f"kill {' '.join(map(str, pids))}; wait")
+
+
+def foreign_front_end(folder, socket, memory, mem_mib, script):
+    """A QEMU that vvupipe did not start, as a command line."""
+    initrd = folder / "foreign.initramfs"
+    initrd.write_bytes(initramfs.build(kernel(), script=script))
+    return [
+        "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-nodefaults", "-display", "none", "-no-reboot",
+        "-m", f"{mem_mib}M", "-object", f"{memory},id=ram,size={mem_mib}M,share=on", "-machine", "memory-backend=ram",
+        "-chardev", f"socket,id=disk,path={socket}", "-device", "vhost-user-blk-pci,chardev=disk",
+        "-serial", "stdio", "-kernel", kernel().image, "-initrd", initrd, "-append", "console=ttyS0 quiet panic=-1",
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def foreign_guest(vm, memory, mem_mib):
+    script = "dd if=/dev/vda bs=64k 2>/dev/null | sha256sum"
+    command = foreign_front_end(vm.folder, vm.sockets[ADDRESS], memory, mem_mib, script)
+    process = subprocess.Popen(
+        list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def digest_read_by(vm, memory, mem_mib):
+    with foreign_guest(vm, memory, mem_mib) as process:
+        return process.communicate(timeout=90)[0]
+
+
+def test_front_ends_that_bring_their_own_memory(vm):
+    image = make_image(vm.folder, "foreign.img", 8 * MIB)
+    image.write_bytes(os.urandom(8 * MIB))
+    pid = vm.start_backend(ADDRESS, "foreign.img")
+    # Sealed, as memory-backend-memfd is by default.
+    assert sha256(image.read_bytes()) in digest_read_by(vm, "memory-backend-memfd", 256), vm.said
+    # Sealed and no power of two: refused with what to do; unsealed it is rounded up.
+    with foreign_guest(vm, "memory-backend-memfd", 192):
+        vm.wait_for("give the front-end a power of two of memory (-m 256M), or seal=off", 30, stream="err")
+    assert sha256(image.read_bytes()) in digest_read_by(vm, "memory-backend-memfd,seal=off", 192), vm.said
+    vm.check(f"kill {pid}; wait")
+
+
+def test_a_killed_back_end_is_started_again(vm):
+    make_image(vm.folder, "count.img", 64 * MIB)
+    pid = vm.start_backend(ADDRESS, "count.img")
+    with sibling(vm, ADDRESS, COUNT_SCRIPT) as guest:
+        guest.wait_for("flushed 5")
+        vm.check(f"kill -9 {pid}; wait {pid}; true")
+        vm.wait_for("its driver's process died", 10, stream="err")
+        vm.start_backend(ADDRESS, "count.img")
+        end = guest.wait(150)
+    assert (end.status, end.script_status) == (0, 0), (end, vm.said)
+
+
+def test_the_device_vm_reboots(vm):
+    with sibling(vm, ADDRESS, COUNT_SCRIPT) as guest:
+        guest.wait_for("flushed 5")
+        vm.type("reboot -f")
+        vm.rebooted()
+        vm.start_backend(ADDRESS, "count.img")
+        end = guest.wait(150)
+    assert (end.status, end.script_status) == (0, 0), (end, vm.said)
+
+
+def test_the_device_vm_ends_in_order(vm):
+    assert vm.end() == 0
+    runtime = vm.folder / "runtime" / "vvupipe"
+    assert [path.name for path in runtime.iterdir() if path.name != ".lock"] == []
+    assert not any(path.exists() for path in vm.sockets.values())
+    assert [name for name in os.listdir("/dev/shm") if "device-vm" in name] == []
+
+
+def test_a_device_vm_killed_in_the_middle_of_writes(tmp_path):
+    image = make_image(tmp_path, "count.img", 64 * MIB)
+    proxies = {ADDRESS: tmp_path / "a.sock"}
+    with DeviceVm(tmp_path, proxies) as first:
+        first.start_backend(ADDRESS, "count.img")
+        with sibling(first, ADDRESS, COUNT_SCRIPT) as guest:
+            guest.wait_for("flushed 5")
+            qemu = [child for child in psutil.Process(first.process.pid).children() if "qemu" in child.name()]
+            first.kill()
+            psutil.wait_procs(qemu, timeout=10)
+            flushed = guest.console.count("flushed")
+            data = image.read_bytes()
+            for number in range(1, flushed + 1):
+                assert data[number * MIB : (number + 1) * MIB] == bytes([number]) * MIB, number
+            with DeviceVm(tmp_path, proxies) as second:
+                second.start_backend(ADDRESS, "count.img")
+                end = guest.wait(150)
+    assert (end.status, end.script_status) == (0, 0), (end, second.said)
