@@ -1,4 +1,5 @@
-# Sourced by the other scripts: makes a virtual environment with vvupipe in it, and names its python $PYTHON.
+# Sourced by the other scripts: installs system packages, makes a virtual environment with vvupipe in it, and names its
+# python $PYTHON.
 #
 # Uses the first Python >= 3.11 it finds ($VVUPIPE_PYTHON first). Installs only what is missing or has changed.
 
@@ -14,6 +15,22 @@ install_packages() {
     echo "Installing $* ..." >&2
     apt-get update -qq >&2
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+# Everything the real-guest tests need, by package; a machine that has them is left alone.
+install_system_packages() {
+    local missing
+    missing=$(grep -v '^#' "$ROOT/scripts/system_packages.txt" |
+        while read -r package; do
+            dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || echo "$package"
+        done)
+    [ -n "$missing" ] || return 0
+    if [ "$(id -u)" != 0 ]; then
+        echo "Not root: what needs these packages is left out:" $missing >&2
+        return 0
+    fi
+    # shellcheck disable=SC2086
+    install_packages $missing
 }
 
 have_python() {
