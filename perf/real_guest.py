@@ -51,6 +51,7 @@ def run(folder: Path, rounds: int, image_mib: int, qemu: str | None) -> dict[str
     from vvupipe.workers import kernel_cache
 
     os.environ["XDG_RUNTIME_DIR"] = str(folder)
+    real_demo.compile_kernels(folder)
     kernel = build_initramfs.newest_kernel()
     for name in ("vvu.img", "own.img"):
         (folder / name).write_bytes(os.urandom(1 << 20) * image_mib)
