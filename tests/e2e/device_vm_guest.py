@@ -75,6 +75,7 @@ class DeviceVm:
         self._text = {"out": "", "err": ""}
         self._changed = threading.Condition()
         self._number = 0
+        self._backends = 0
 
     def __enter__(self):
         compile_kernels()
@@ -151,19 +152,22 @@ class DeviceVm:
 
     def start_backend(self, address, image, *options, timeout_s=60):
         """Start a back-end in the guest for an image in the shared folder; its pid there, once it serves."""
-        log = f"/share/{image}.log"
-        (self.folder / f"{image}.log").unlink(missing_ok=True)
+        self._backends += 1
+        self.backend_log = self.folder / f"back-end{self._backends}.log"
         command = guest_command(
-            "device", "block", "--vfio", address, "--bind", "--file", f"/share/{image}", "--json", *options
+            "device", "block", "--vfio", address, "--bind", "--file", f"/share/{image}", "--json", "-v", *options
         )
-        pid = int(self.check(f"{command} >{log} 2>&1 & echo $!"))
+        pid = int(self.check(f"{command} >/share/{self.backend_log.name} 2>&1 & echo $!"))
         deadline = time.monotonic() + timeout_s
-        path = self.folder / f"{image}.log"
-        while not (path.exists() and '"event": "ready"' in path.read_text()):
-            text = path.read_text() if path.exists() else ""
-            assert time.monotonic() < deadline, (text, self.said, self.console)
+        while '"event": "ready"' not in (text := self._backend_text()):
+            if time.monotonic() > deadline:
+                processes = self.run(f"ps; cat /proc/{pid}/stack; dmesg | tail -n 20")[1]
+                pytest.fail(f"no back-end\n--- its log\n{text}\n--- guest\n{processes}\n--- said\n{self.said}")
             time.sleep(0.1)
         return pid
+
+    def _backend_text(self):
+        return self.backend_log.read_text() if self.backend_log.exists() else ""
 
     def rebooted(self):
         """The guest was told to reboot: wait for the shell of its next life."""

@@ -1,0 +1,70 @@
+"""The device VM in a QEMU that has a vfio-user client: the guest sees the VVU function itself.
+
+$VVUPIPE_NEW_QEMU is that QEMU (scripts/newer_qemu.sh fetches one).
+"""
+
+import hashlib
+import os
+
+import pytest
+from device_vm_guest import DeviceVm
+from guest_kit import Guest
+from sibling_scripts import COUNT_SCRIPT, TREE_SCRIPT
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
+
+ADDRESS = "0000:00:10.0"
+MIB = 1 << 20
+QEMU = os.environ.get("VVUPIPE_NEW_QEMU")
+
+
+@pytest.fixture(scope="module")
+def vm(tmp_path_factory):
+    if not QEMU:
+        pytest.skip("VVUPIPE_NEW_QEMU names no QEMU >= 10.1 (scripts/newer_qemu.sh fetches one)")
+    folder = tmp_path_factory.mktemp("vfio-user")
+    with DeviceVm(folder, {ADDRESS: folder / "a.sock"}, "--qemu", QEMU) as vm:
+        yield vm
+
+
+def make_image(vm, name):
+    path = vm.folder / name
+    with path.open("wb") as file:
+        file.truncate(64 * MIB)
+    return path
+
+
+def test_lspci_shows_the_function(vm):
+    line = vm.check("lspci -s 00:10.0").strip()
+    assert line == "00:10.0 Unclassified device [00ff]: Red Hat, Inc. Device 107d (rev 01)"
+    assert "by vfio-user (1af4:107d)" in vm.said
+    assert "flr" in vm.check(f"cat /sys/bus/pci/devices/{ADDRESS}/reset_method")
+
+
+def test_a_file_system_made_and_used_by_the_sibling(vm):
+    image = make_image(vm, "tree.img")
+    pid = vm.start_backend(ADDRESS, "tree.img")
+    with Guest(vm.folder, [vm.sockets[ADDRESS]], TREE_SCRIPT, env=vm.environment) as guest:
+        end = guest.wait(120)
+    assert (end.status, end.script_status) == (0, 0), (end, vm.said)
+    assert end.word("disk").split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()
+    vm.check(f"kill {pid} && wait {pid}")
+
+
+def test_the_sibling_of_a_killed_back_end_is_told_and_comes_back(vm):
+    make_image(vm, "count.img")
+    pid = vm.start_backend(ADDRESS, "count.img")
+    with Guest(vm.folder, [vm.sockets[ADDRESS]], COUNT_SCRIPT, env=vm.environment) as guest:
+        guest.wait_for("flushed 3")
+        start = len(vm.said)
+        vm.check(f"kill -9 {pid}; wait {pid}; true")
+        # Linux resets the function of a process that died.
+        vm.wait_for("the back-end is down", 10, stream="err", start=start)
+        vm.start_backend(ADDRESS, "count.img")
+        end = guest.wait(120)
+    assert (end.status, end.script_status) == (0, 0), (end, vm.said)
+
+
+def test_the_vm_ends_in_order(vm):
+    assert vm.end() == 0
+    assert not vm.sockets[ADDRESS].exists()
