@@ -152,7 +152,8 @@ def _refuse(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
     context = click.get_current_context()
     for name in names:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise UserError(f"--{name.replace('_', '-')} {why}")
+            option = next(param.opts[-1] for param in context.command.params if param.name == name)
+            raise UserError(f"{option} {why}")
 
 
 _WORK = ("workload", "bs", "iodepth", "runtime", "size", "numjobs", "rwmixread", "copy_out", "copy_in", "sha256")

@@ -43,7 +43,7 @@ def test_the_carrier_is_what_qemu_can(tmp_path):
         (["--vvu-proxy", "s", "--block", "/nowhere.img", "@kernel"], "cannot read the image /nowhere.img"),
         (["--vvu-proxy", "s", "--shared-dir", "/nowhere:tag", "@kernel"], "/nowhere: no such folder"),
         (["--vvu-proxy", "s", "--qemu", "/nowhere/qemu", "@kernel"], "/nowhere/qemu is not installed"),
-        (["--vvu-proxy", "s", "--block", "a.img"], "--blocks does not go with the embedded device VM"),
+        (["--vvu-proxy", "s", "--block", "a.img"], "--block does not go with the embedded device VM"),
         (["--vhost-user-blk", "s", "--carrier", "ivshmem", "@kernel"], "--carrier goes with --vvu-proxy"),
     ],
 )
