@@ -150,24 +150,28 @@ class DeviceVm:
         assert status == 0, (command, output, self.said)
         return output
 
-    def start_backend(self, address, image, *options, timeout_s=60):
+    def start_backend(self, address, image):
         """Start a back-end in the guest for an image in the shared folder; its pid there, once it serves."""
-        self._backends += 1
-        self.backend_log = self.folder / f"back-end{self._backends}.log"
-        command = guest_command(
-            "device", "block", "--vfio", address, "--bind", "--file", f"/share/{image}", "--json", "-v", *options
-        )
-        pid = int(self.check(f"{command} >/share/{self.backend_log.name} 2>&1 & echo $!"))
-        deadline = time.monotonic() + timeout_s
-        while '"event": "ready"' not in (text := self._backend_text()):
-            if time.monotonic() > deadline:
-                processes = self.run(f"ps; cat /proc/{pid}/stack; dmesg | tail -n 20")[1]
-                pytest.fail(f"no back-end\n--- its log\n{text}\n--- guest\n{processes}\n--- said\n{self.said}")
-            time.sleep(0.1)
-        return pid
+        return self.start_backends({address: image})[0]
 
-    def _backend_text(self):
-        return self.backend_log.read_text() if self.backend_log.exists() else ""
+    def start_backends(self, images, timeout_s=60):
+        """Start a back-end for each address and image at once; their pids in the guest, once all serve."""
+        started = {}
+        for address, image in images.items():
+            self._backends += 1
+            self.backend_log = self.folder / f"back-end{self._backends}.log"
+            options = ["--vfio", address, "--bind", "--file", f"/share/{image}", "--json", "-v"]
+            command = guest_command("device", "block", *options)
+            pid = int(self.check(f"{command} >/share/{self.backend_log.name} 2>&1 & echo $!"))
+            started[pid] = self.backend_log
+        deadline = time.monotonic() + timeout_s
+        for pid, log in started.items():
+            while '"event": "ready"' not in (text := log.read_text() if log.exists() else ""):
+                if time.monotonic() > deadline:
+                    processes = self.run(f"ps; cat /proc/{pid}/stack; dmesg | tail -n 20")[1]
+                    pytest.fail(f"no back-end\n--- log\n{text}\n--- guest\n{processes}\n--- said\n{self.said}")
+                time.sleep(0.1)
+        return list(started)
 
     def rebooted(self):
         """The guest was told to reboot: wait for the shell of its next life."""

@@ -13,15 +13,22 @@ umount /mnt
 echo "disk $(sha256sum </dev/vda)"
 """
 
-#: Writes whole MiBs with their number in every byte, each flushed, and tells after each; then reads all of it.
-COUNT_SCRIPT = """
-for i in $(seq 30); do
-    tr '\\0' "\\\\$(printf %03o $i)" </dev/zero | head -c 1048576 >/tmp/data
-    dd if=/tmp/data of=/dev/vda bs=1M seek=$i oflag=direct conv=notrunc,fsync 2>/dev/null || exit 9
+#: Bytes of each of COUNT_SCRIPT's writes.
+COUNT_BYTES = 256 << 10
+
+#: Writes blocks with their number in every byte, each flushed, and tells after each; then reads all of them.
+COUNT_SCRIPT = f"""
+block() {{
+    tr '\\0' "\\\\$(printf %03o $1)" </dev/zero | head -c {COUNT_BYTES}
+}}
+for i in $(seq 24); do
+    block $i >/tmp/data
+    dd if=/tmp/data of=/dev/vda bs={COUNT_BYTES} seek=$i oflag=direct conv=notrunc,fsync 2>/dev/null || exit 9
     echo "flushed $i"
+    sleep 0.2
 done
-for i in $(seq 30); do
-    tr '\\0' "\\\\$(printf %03o $i)" </dev/zero | head -c 1048576 >/tmp/data
-    dd if=/dev/vda bs=1M skip=$i count=1 iflag=direct 2>/dev/null | cmp - /tmp/data || exit 10
+for i in $(seq 24); do
+    block $i >/tmp/data
+    dd if=/dev/vda bs={COUNT_BYTES} skip=$i count=1 iflag=direct 2>/dev/null | cmp - /tmp/data || exit 10
 done
 """

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from device_vm_guest import VVUPIPE, DeviceVm, guest_command
 from guest_kit import Guest, initramfs, kernel
-from sibling_scripts import COUNT_SCRIPT, TREE_SCRIPT
+from sibling_scripts import COUNT_BYTES, COUNT_SCRIPT, TREE_SCRIPT
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
 
@@ -72,10 +72,10 @@ def test_a_file_system_made_and_used_by_the_sibling(vm):
 def test_two_siblings_at_once_one_with_memory_of_its_own(vm):
     make_image(vm.folder, "a.img", 64 * MIB)
     make_image(vm.folder, "b.img", 64 * MIB)
-    pids = [vm.start_backend(ADDRESS, "a.img"), vm.start_backend(OTHER, "b.img")]
+    pids = vm.start_backends({ADDRESS: "a.img", OTHER: "b.img"})
     with sibling(vm, ADDRESS, COUNT_SCRIPT) as guest:
         # The embedded sibling's RAM is POSIX shared memory that is plugged into the running VM.
-        verify = ["run", "--vhost-user-blk", vm.sockets[OTHER], "--workload", "verify", "--runtime", "5s", "--json"]
+        verify = ["run", "--vhost-user-blk", vm.sockets[OTHER], "--workload", "verify", "--runtime", "3s", "--json"]
         done = subprocess.run(
             [*VVUPIPE, *map(str, verify)], env=vm.environment, capture_output=True, text=True, timeout=90, check=False
         )
@@ -163,7 +163,8 @@ def test_a_sibling_survives_whatever_happens_to_its_back_end(tmp_path):
             flushed = guest.console.count("flushed")
             data = image.read_bytes()
             for number in range(1, flushed + 1):
-                assert data[number * MIB : (number + 1) * MIB] == bytes([number]) * MIB, number
+                block = data[number * COUNT_BYTES : (number + 1) * COUNT_BYTES]
+                assert block == bytes([number]) * COUNT_BYTES, number
             with DeviceVm(tmp_path, proxies) as second:
                 second.start_backend(ADDRESS, "count.img")
                 end = guest.wait(120)
