@@ -51,7 +51,16 @@ def test_the_guest_sees_both_functions(vm):
     assert (status, "missing.img" in output) == (2, True)
 
 
-def test_a_file_system_made_and_used_by_the_sibling(vm):
+def front_ends_that_bring_their_own_memory(vm, digest):
+    # Sealed, as memory-backend-memfd is by default.
+    assert digest in digest_read_by(vm, "memory-backend-memfd", 256), vm.said
+    # Sealed and no power of two: refused with what to do; unsealed it is rounded up.
+    with foreign_guest(vm, "memory-backend-memfd", 192):
+        vm.wait_for("give the front-end a power of two of memory (-m 256M), or seal=off", 30, stream="err")
+    assert digest in digest_read_by(vm, "memory-backend-memfd,seal=off", 192), vm.said
+
+
+def test_a_file_system_made_by_the_sibling_and_read_by_front_ends_that_vvupipe_did_not_start(vm):
     image = make_image(vm.folder, "tree.img", 96 * MIB)
     pid = vm.start_backend(ADDRESS, "tree.img")
     # More RAM than the device VM has.
@@ -61,6 +70,7 @@ def test_a_file_system_made_and_used_by_the_sibling(vm):
     assert end.word("disk").split()[0] == sha256(image.read_bytes())
     fsck = subprocess.run(["fsck.ext4", "-fn", image], capture_output=True, text=True, env=SBIN, check=False)
     assert fsck.returncode == 0, fsck.stdout + fsck.stderr
+    front_ends_that_bring_their_own_memory(vm, sha256(image.read_bytes()))
     vm.check(f"kill {pid} && wait {pid}")
     text = vm.backend_log.read_text()
     assert '"event": "stopped"' in text
@@ -115,19 +125,6 @@ def foreign_guest(vm, memory, mem_mib):
 def digest_read_by(vm, memory, mem_mib):
     with foreign_guest(vm, memory, mem_mib) as process:
         return process.communicate(timeout=90)[0]
-
-
-def test_front_ends_that_bring_their_own_memory(vm):
-    image = make_image(vm.folder, "foreign.img", 8 * MIB)
-    image.write_bytes(os.urandom(8 * MIB))
-    pid = vm.start_backend(ADDRESS, "foreign.img")
-    # Sealed, as memory-backend-memfd is by default.
-    assert sha256(image.read_bytes()) in digest_read_by(vm, "memory-backend-memfd", 256), vm.said
-    # Sealed and no power of two: refused with what to do; unsealed it is rounded up.
-    with foreign_guest(vm, "memory-backend-memfd", 192):
-        vm.wait_for("give the front-end a power of two of memory (-m 256M), or seal=off", 30, stream="err")
-    assert sha256(image.read_bytes()) in digest_read_by(vm, "memory-backend-memfd,seal=off", 192), vm.said
-    vm.check(f"kill {pid}; wait")
 
 
 def test_the_device_vm_ends_in_order(vm):
