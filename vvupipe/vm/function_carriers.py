@@ -55,6 +55,7 @@ class VfioUserCarrier:
 
     def __init__(self, function: VvuFunction, path: Path) -> None:
         self._path = path
+        self._function = function
         # QEMU takes no path that is too long for a socket address; ours is always reachable like this.
         self._folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._server = VfioUserServer(function, listen_private(path))
@@ -80,7 +81,8 @@ class VfioUserCarrier:
         await self._server.run()
 
     def guest_reset(self) -> None:
-        """See Carrier: QEMU tells the function by itself."""
+        """See Carrier."""
+        self._function.reset()
 
     def close(self) -> None:
         """See Carrier."""

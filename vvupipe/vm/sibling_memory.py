@@ -66,20 +66,23 @@ class SiblingMemory:
         self._shown: list[list[Window]] = []
 
     async def place(self, regions: Sequence[MemoryRegion]) -> list[Piece]:
-        """See MemoryPlacer."""
+        """See MemoryPlacer; when it fails, what was shown before stays."""
+        ends: dict[tuple[int, int], tuple[int, int]] = {}  # file -> (fd, how much of it)
+        for region in regions:
+            identity = _identity(region.fd)
+            _, end = ends.get(identity, (0, 0))
+            ends[identity] = (region.fd, max(end, region.fd_offset + region.size_bytes))
+        windows: dict[tuple[int, int], list[Window] | None] = {}
         former, self._shown = self._shown, []
         try:
-            ends: dict[tuple[int, int], tuple[int, int]] = {}
-            for region in regions:
-                identity = _identity(region.fd)
-                _, end = ends.get(identity, (0, 0))
-                ends[identity] = (region.fd, max(end, region.fd_offset + region.size_bytes))
-            windows: dict[tuple[int, int], list[Window] | None] = {}
             for identity, (fd, end) in ends.items():
                 windows[identity] = None
                 if identity != self._pool.identity:
                     shown = windows[identity] = await self._plugs.show(fd, end)
                     self._shown.append(shown)
+        except BaseException:
+            former, self._shown = self._shown, former
+            raise
         finally:
             for shown in former:
                 self._plugs.hide(shown)

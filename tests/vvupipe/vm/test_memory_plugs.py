@@ -230,3 +230,24 @@ def test_pieces_of_the_pool_and_of_windows(qemu, memfd):
         assert not pool.path.exists()
 
     run(test)
+
+
+def test_a_table_that_cannot_be_shown_leaves_the_former_one(qemu, memfd):
+    async def test():
+        pool = MemoryPool("test", 0, 1 << 30)
+        plugs = MemoryPlugs(qemu, (7, 2, 0), PORTS)
+        memory = SiblingMemory(plugs, pool, 0x10)
+        good, sealed = region(0, MIB, memfd(MIB), 0), region(0, 3 * MIB, memfd(3 * MIB, sealed=True), 0)
+        new = region(1 << 32, 2 * MIB, memfd(2 * MIB), 0)
+        pieces = await memory.place([good])
+        with pytest.raises(ProtocolError, match="no power of two"):
+            await memory.place([new, sealed])
+        assert await memory.place([good]) == pieces
+        shown = [(plug.windows[0].size_bytes, plug.users) for plug in plugs._plugs.values()]
+        assert sorted(shown) == [(MIB, 1), (2 * MIB, 0)]
+        for each in (good, sealed, new):
+            each.close()
+        await plugs.close()
+        pool.close()
+
+    run(test)
