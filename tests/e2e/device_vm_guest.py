@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import pytest
-from guest_kit import ROOT, initramfs, kernel, load_script, missing
+from guest_kit import ROOT, Console, initramfs, kernel, load_script, missing
 
 from vvupipe.vm.qemu_backend import is_listening
 from vvupipe.workers import kernel_cache
@@ -72,8 +71,6 @@ class DeviceVm:
         parameters = f"quiet vvupipe.share=share:/share vvupipe.cwd={ROOT} vvupipe.env=PYTHONPATH={ROOT}"
         parameters += f" vvupipe.env=VVUPIPE_CACHE_DIR={kernel_cache.folder().parent}"
         self._command += ["-p", parameters, *options, kernel().image]
-        self._text = {"out": "", "err": ""}
-        self._changed = threading.Condition()
         self._number = 0
         self._backends = 0
 
@@ -90,12 +87,7 @@ class DeviceVm:
             env=self.environment,
             start_new_session=True,
         )
-        self._readers = [
-            threading.Thread(target=self._read, args=(stream, key), daemon=True)
-            for key, stream in (("out", self.process.stdout), ("err", self.process.stderr))
-        ]
-        for reader in self._readers:
-            reader.start()
+        self._console = Console(self.process)
         try:
             self.wait_for("guest-shell", 90)
         except BaseException:
@@ -103,31 +95,19 @@ class DeviceVm:
             raise
         return self
 
-    def _read(self, stream, key):
-        while chunk := os.read(stream.fileno(), 65536):
-            with self._changed:
-                self._text[key] += chunk.decode(errors="replace").replace("\r", "")
-                self._changed.notify_all()
-
     @property
     def console(self):
         """What the guest wrote so far."""
-        return self._text["out"]
+        return self._console.text()
 
     @property
     def said(self):
         """What vvupipe wrote to standard error."""
-        return self._text["err"]
+        return self._console.text("err")
 
     def wait_for(self, text, timeout_s=60, stream="out", start=0):
-        """Wait until `text` is there, `start` characters or later from the beginning."""
-        deadline = time.monotonic() + timeout_s
-        with self._changed:
-            while text not in self._text[stream][start:]:
-                left = deadline - time.monotonic()
-                if left <= 0 or (self.process.poll() is not None and not any(r.is_alive() for r in self._readers)):
-                    pytest.fail(f"{text!r} did not come\n--- said\n{self.said}\n--- console\n{self.console}")
-                self._changed.wait(min(left, 0.5))
+        """See Console."""
+        self._console.wait_for(text, timeout_s, stream, start)
 
     def type(self, command):
         """Type a line and do not wait."""
@@ -141,7 +121,8 @@ class DeviceVm:
         number = self._number
         self.type(command)
         self.wait_for(f" of {number}>>", timeout_s, start=start)
-        output, status = re.search(rf"(.*?)<<(\d+) of {number}>>", self.console[start:], re.DOTALL).groups()
+        text = self.console[start:].replace("\r", "")
+        output, status = re.search(rf"(.*?)<<(\d+) of {number}>>", text, re.DOTALL).groups()
         return int(status), output
 
     def check(self, command, timeout_s=60):
@@ -205,8 +186,6 @@ class DeviceVm:
             self.process.wait(20)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        for reader in self._readers:
-            reader.join(5)
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
+        self._console.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()

@@ -91,6 +91,53 @@ class GuestEnd:
         return f"status {self.status} after {self.seconds:.1f} s\n--- said\n{self.said}\n--- console\n{self.console}"
 
 
+class Console:
+    """What a process with a guest writes: its standard output is the guest's console."""
+
+    def __init__(self, process):
+        self._process = process
+        self._text = {"out": "", "err": ""}
+        self._changed = threading.Condition()
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, key), daemon=True)
+            for key, stream in (("out", process.stdout), ("err", process.stderr))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, stream, key):
+        while chunk := os.read(stream.fileno(), 65536):
+            with self._changed:
+                self._text[key] += chunk.decode(errors="replace")
+                self._changed.notify_all()
+
+    def text(self, stream="out"):
+        """What came on standard output ("out") or standard error ("err")."""
+        return self._text[stream]
+
+    def wait_for(self, text, timeout_s=60, stream="out", start=0):
+        """Wait until `text` came, `start` characters or later from the beginning."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while text not in self._text[stream][start:]:
+                left = deadline - time.monotonic()
+                ended = self._process.poll() is not None and not any(reader.is_alive() for reader in self._readers)
+                if left <= 0 or ended:
+                    pytest.fail(f"{text!r} did not come\n--- said\n{self.text('err')}\n--- console\n{self.text()}")
+                self._changed.wait(min(left, 0.5))
+
+    def join(self):
+        """The process has ended: take its last words."""
+        for reader in self._readers:
+            reader.join(5)
+
+    def close(self):
+        """Take the last words and close the streams."""
+        self.join()
+        for stream in (self._process.stdout, self._process.stderr):
+            stream.close()
+
+
 class Guest:
     """A sibling VM under way. `script` is its work; keywords are the fields of QemuSiblingOptions."""
 
@@ -109,8 +156,6 @@ class Guest:
             fields.setdefault("initrd", str(initrd))
         self._fields = fields
         self._env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-        self._text = {"out": "", "err": ""}
-        self._changed = threading.Condition()
 
     def __enter__(self):
         self._began = time.monotonic()
@@ -123,39 +168,22 @@ class Guest:
             env=self._env,
             start_new_session=True,
         )
-        self._readers = [
-            threading.Thread(target=self._read, args=(stream, key), daemon=True)
-            for key, stream in (("out", self.process.stdout), ("err", self.process.stderr))
-        ]
-        for reader in self._readers:
-            reader.start()
+        self._console = Console(self.process)
         return self
-
-    def _read(self, stream, key):
-        while chunk := os.read(stream.fileno(), 65536):
-            with self._changed:
-                self._text[key] += chunk.decode(errors="replace")
-                self._changed.notify_all()
 
     @property
     def console(self):
         """What the guest has written to its console."""
-        return self._text["out"]
+        return self._console.text()
 
     @property
     def said(self):
         """What vvupipe and QEMU have written to standard error."""
-        return self._text["err"]
+        return self._console.text("err")
 
     def wait_for(self, text, timeout_s=60, stream="out"):
         """Wait until `text` is on the console (stream "out") or was said ("err")."""
-        deadline = time.monotonic() + timeout_s
-        with self._changed:
-            while text not in self._text[stream]:
-                left = deadline - time.monotonic()
-                if left <= 0 or (self.process.poll() is not None and not any(r.is_alive() for r in self._readers)):
-                    pytest.fail(f"{text!r} did not come\n--- said\n{self.said}\n--- console\n{self.console}")
-                self._changed.wait(min(left, 0.5))
+        self._console.wait_for(text, timeout_s, stream)
 
     def wait(self, timeout_s=90):
         """The guest's end, which must come within `timeout_s`."""
@@ -163,18 +191,14 @@ class Guest:
             status = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             pytest.fail(f"no end after {timeout_s} s\n--- said\n{self.said}\n--- console\n{self.console}")
-        for reader in self._readers:
-            reader.join(5)
+        self._console.join()
         return GuestEnd(self.console, self.said, status, time.monotonic() - self._began)
 
     def __exit__(self, *_):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
-        for reader in self._readers:
-            reader.join(5)
-        self.process.stdout.close()
-        self.process.stderr.close()
+        self._console.close()
 
 
 def boot_guest(folder, disks=(), script=None, *, timeout_s=90, **options):

@@ -6,19 +6,17 @@ The RAM is POSIX shared memory with guest-physical address 0 at its start. A pro
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
 
 import posix_ipc
 
 from vvupipe.errors import UserError
 from vvupipe.memory import shared
 from vvupipe.memory.mapping import Mapping
+from vvupipe.memory.range_lock import try_lock
 
 SLOT_BYTES = 1 << 20
 _FIRST_SLOT = 1  # low memory stays unused, so that no ring has address 0
-_FLOCK = struct.Struct("@hhqqi4x")  # fcntl(2), struct flock: type, whence, start, length, pid
 
 
 class GuestRam:
@@ -64,13 +62,8 @@ class RamSlot:
         fd = int(opened.fd)
         os.set_inheritable(fd, False)
         for slot in range(_FIRST_SLOT, int(opened.size) // SLOT_BYTES):
-            # An OFD lock belongs to this open file, not to the process: it also excludes ourselves.
-            flock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, slot * SLOT_BYTES, SLOT_BYTES, 0)
-            try:
-                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock)
-            except (BlockingIOError, PermissionError):
-                continue
-            return cls(fd, slot * SLOT_BYTES)
+            if try_lock(fd, slot * SLOT_BYTES, SLOT_BYTES):
+                return cls(fd, slot * SLOT_BYTES)
         os.close(fd)
         raise UserError("every program slot of the VM's memory is taken: stop one or give the VM more --mem")
 

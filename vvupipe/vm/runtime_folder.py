@@ -32,21 +32,24 @@ _DESCRIPTION = "vm.json"
 _STARTING_LOCK = ".lock"
 
 
+def _base_path() -> Path:
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    user = Path(f"/run/user/{os.getuid()}")
+    if given:
+        return Path(given) / "vvupipe"
+    if user.is_dir() and os.access(user, os.W_OK):
+        return user / "vvupipe"
+    if os.getuid() == 0:
+        return Path("/run/vvupipe")
+    return Path(tempfile.gettempdir()) / f"vvupipe-{os.getuid()}"
+
+
 def base_folder() -> Path:
     """`$XDG_RUNTIME_DIR/vvupipe`, or a folder of this user under /run or the temporary folder; 0700, created.
 
     Raises: UserError when it cannot be made or belongs to somebody else.
     """
-    given = os.environ.get("XDG_RUNTIME_DIR")
-    user = Path(f"/run/user/{os.getuid()}")
-    if given:
-        base = Path(given) / "vvupipe"
-    elif user.is_dir() and os.access(user, os.W_OK):
-        base = user / "vvupipe"
-    elif os.getuid() == 0:
-        base = Path("/run/vvupipe")
-    else:
-        base = Path(tempfile.gettempdir()) / f"vvupipe-{os.getuid()}"
+    base = _base_path()
     try:
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = base.lstat()
@@ -189,7 +192,9 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def running_descriptions() -> list[dict[str, Any]]:
-    """vm.json of every device VM of this user that runs."""
+    """vm.json of every device VM of this user that runs. Creates nothing."""
+    if not _base_path().is_dir():
+        return []
     return [_read_description(path) for path in _folders(base_folder()) if _is_held(path)]
 
 

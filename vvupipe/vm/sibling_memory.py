@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import logging
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import posix_ipc
 
 from vvupipe.errors import UserError
 from vvupipe.memory import shared
+from vvupipe.memory.range_lock import try_lock
 from vvupipe.memory.region import MemoryRegion
 from vvupipe.vm.memory_plugs import MemoryPlugs, Window
 from vvupipe.vm.runtime_folder import running_descriptions
@@ -27,7 +26,6 @@ from vvupipe.vvu.region_table import Piece
 
 log = logging.getLogger(__name__)
 
-_FLOCK = struct.Struct("@hhqqi4x")  # fcntl(2), struct flock: type, whence, start, length, pid
 _PUNCH_HOLE = 0x02 | 0x01  # linux/falloc.h: FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -151,11 +149,7 @@ def _take_pool(socket_path: Path, size_bytes: int) -> int:
         return -1
     fd = int(opened.fd)
     os.set_inheritable(fd, False)
-    # An OFD lock goes with this open file, however we end.
-    lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
-    except (BlockingIOError, PermissionError):
+    if not try_lock(fd, 0, 1):
         log.info("the pool of %s is another sibling's: memory of our own is used", socket_path)
         os.close(fd)
         return -1
