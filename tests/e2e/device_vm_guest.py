@@ -123,7 +123,7 @@ class DeviceVm:
         self.wait_for(f" of {number}>>", timeout_s, start=start)
         text = self.console[start:].replace("\r", "")
         output, status = re.search(rf"(.*?)<<(\d+) of {number}>>", text, re.DOTALL).groups()
-        return int(status), output
+        return int(status), output.removeprefix("\n")  # the end of the line before may come late
 
     def check(self, command, timeout_s=60):
         """The output of a command that must succeed."""
