@@ -71,6 +71,25 @@ class Request(enum.IntEnum):
     REM_MEM_REG = 38
     SET_STATUS = 39
     GET_STATUS = 40
+    GET_SHARED_OBJECT = 41
+    SET_DEVICE_STATE_FD = 42
+    CHECK_DEVICE_STATE = 43
+    GET_SHMEM_CONFIG = 44
+
+
+class BackendRequest(enum.IntEnum):
+    """Requests of the back-end, on the back-end channel ("Back-end message types")."""
+
+    IOTLB_MSG = 1
+    CONFIG_CHANGE_MSG = 2
+    VRING_HOST_NOTIFIER_MSG = 3
+    VRING_CALL = 4
+    VRING_ERR = 5
+    SHARED_OBJECT_ADD = 6
+    SHARED_OBJECT_REMOVE = 7
+    SHARED_OBJECT_LOOKUP = 8
+    SHMEM_MAP = 9
+    SHMEM_UNMAP = 10
 
 
 #: Requests whose reply has a payload of its own; REPLY_ACK adds nothing to these ("Communication").
@@ -84,6 +103,14 @@ ANSWERED = frozenset(
         Request.GET_MAX_MEM_SLOTS,
         Request.GET_STATUS,
         Request.GET_INFLIGHT_FD,
+        Request.IOTLB_MSG,
+        Request.POSTCOPY_ADVISE,
+        Request.POSTCOPY_END,
+        Request.CREATE_CRYPTO_SESSION,
+        Request.GET_SHARED_OBJECT,
+        Request.SET_DEVICE_STATE_FD,
+        Request.CHECK_DEVICE_STATE,
+        Request.GET_SHMEM_CONFIG,
     }
 )
 
@@ -108,9 +135,19 @@ class ProtocolFeature(enum.IntFlag):
     INBAND_NOTIFICATIONS = 1 << 14
     CONFIGURE_MEM_SLOTS = 1 << 15
     STATUS = 1 << 16
+    XEN_MMAP = 1 << 17
+    SHARED_OBJECT = 1 << 18
+    DEVICE_STATE = 1 << 19
+    GET_VRING_BASE_INFLIGHT = 1 << 20
+    GPA_ADDRESSES = 1 << 21
+    SHMEM_MAP = 1 << 22
 
 
 F_PROTOCOL_FEATURES = 1 << 30  #: feature bit VHOST_USER_F_PROTOCOL_FEATURES
+F_LOG_ALL = 1 << 26  #: feature bit VHOST_F_LOG_ALL ("Migration")
+VRING_F_LOG = 1  #: VHOST_VRING_F_LOG, in the flags of SET_VRING_ADDR
+LOG_PAGE_BYTES = 4096  #: VHOST_LOG_PAGE
+CONFIG_FLAG_MIGRATION = 1  #: "Virtio device config space": flags of SET_CONFIG
 
 
 @dataclass(slots=True)
@@ -331,3 +368,145 @@ class ConfigAccess:
         if len(data) != size_bytes:
             raise ProtocolError(f"{message.name} says {size_bytes} bytes and brings {len(data)}")
         return cls(offset, size_bytes, flags, data)
+
+
+@dataclass(frozen=True, slots=True)
+class LogArea:
+    """ "Log description": where the dirty-page log is in the file that comes with SET_LOG_BASE."""
+
+    size_bytes: int
+    offset: int
+    _LAYOUT = struct.Struct("=QQ")
+
+    def pack(self) -> bytes:
+        """The payload's bytes."""
+        return self._LAYOUT.pack(self.size_bytes, self.offset)
+
+    @classmethod
+    def unpack(cls, message: Message) -> LogArea:
+        """Raises: ProtocolError on another payload size, or an area that is empty or ends beyond any file."""
+        area = cls(*_fields(cls._LAYOUT, message))
+        if not area.size_bytes or area.size_bytes + area.offset >= 1 << 63:
+            raise ProtocolError(f"a log of {area.size_bytes:#x} bytes at {area.offset:#x} is not possible")
+        return area
+
+
+class IotlbType(enum.IntEnum):
+    """ "An IOTLB message": what it tells."""
+
+    MISS = 1
+    UPDATE = 2
+    INVALIDATE = 3
+    ACCESS_FAIL = 4
+
+
+ACCESS_READ = 1  #: "An IOTLB message": permission flags
+ACCESS_WRITE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class IotlbEntry:
+    """ "An IOTLB message", either way."""
+
+    iova: int
+    size_bytes: int
+    uva: int
+    permissions: int
+    kind: int
+    # As the kernel's struct vhost_iotlb_msg, whose size counts: six bytes of padding at the end.
+    _LAYOUT = struct.Struct("=QQQBB6x")
+    _SHORT = struct.Struct("=QQQBB")
+
+    def pack(self) -> bytes:
+        """The payload's bytes."""
+        return self._LAYOUT.pack(self.iova, self.size_bytes, self.uva, self.permissions, self.kind)
+
+    @classmethod
+    def unpack(cls, message: Message) -> IotlbEntry:
+        """With or without the padding. Raises: ProtocolError on another payload size."""
+        short = len(message.payload) == cls._SHORT.size
+        return cls(*_fields(cls._SHORT if short else cls._LAYOUT, message))
+
+
+@dataclass(frozen=True, slots=True)
+class InflightArea:
+    """ "Inflight description"."""
+
+    size_bytes: int
+    offset: int
+    num_queues: int
+    queue_size: int
+    # As QEMU's VhostUserInflight; peers pad it to 8 bytes or do not.
+    _LAYOUT = struct.Struct("=QQHH")
+    _PADDED = struct.Struct("=QQHH4x")
+
+    def pack(self) -> bytes:
+        """The payload's bytes."""
+        return self._LAYOUT.pack(self.size_bytes, self.offset, self.num_queues, self.queue_size)
+
+    @classmethod
+    def unpack(cls, message: Message) -> InflightArea:
+        """Raises: ProtocolError on another payload size."""
+        padded = len(message.payload) == cls._PADDED.size
+        return cls(*_fields(cls._PADDED if padded else cls._LAYOUT, message))
+
+
+@dataclass(frozen=True, slots=True)
+class VringArea:
+    """ "Vring area description"."""
+
+    index: int
+    size_bytes: int
+    offset: int
+    _LAYOUT = struct.Struct("=QQQ")
+
+    @classmethod
+    def unpack(cls, message: Message) -> VringArea:
+        """Raises: ProtocolError on another payload size."""
+        return cls(*_fields(cls._LAYOUT, message))
+
+
+_SINGLE_HEAD = struct.Struct("=Q")
+
+
+def pack_single_region(region: RegionEntry) -> bytes:
+    """The payload of ADD_MEM_REG and REM_MEM_REG."""
+    return _SINGLE_HEAD.pack(0) + region.pack()
+
+
+def unpack_single_region(message: Message) -> RegionEntry:
+    """The region of ADD_MEM_REG or REM_MEM_REG. Raises: ProtocolError on a wrong size or an impossible region."""
+    if len(message.payload) != _SINGLE_HEAD.size + RegionEntry.LAYOUT.size:
+        raise ProtocolError(f"{message.name} with {len(message.payload)} bytes of payload")
+    region = RegionEntry(*RegionEntry.LAYOUT.unpack_from(message.payload, _SINGLE_HEAD.size))
+    region.check()
+    return region
+
+
+class StateDirection(enum.IntEnum):
+    """ "Device state transfer parameters": who writes."""
+
+    SAVE = 0
+    LOAD = 1
+
+
+STATE_PHASE_STOPPED = 0  #: the only phase that there is
+STATE_NO_FD = 0x100  #: reply to SET_DEVICE_STATE_FD: bit 8, the front-end's fd is used
+
+
+@dataclass(frozen=True, slots=True)
+class StateTransfer:
+    """ "Device state transfer parameters" of SET_DEVICE_STATE_FD."""
+
+    direction: int
+    phase: int
+    _LAYOUT = struct.Struct("=II")
+
+    def pack(self) -> bytes:
+        """The payload's bytes."""
+        return self._LAYOUT.pack(self.direction, self.phase)
+
+    @classmethod
+    def unpack(cls, message: Message) -> StateTransfer:
+        """Raises: ProtocolError on another payload size."""
+        return cls(*_fields(cls._LAYOUT, message))
