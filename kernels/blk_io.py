@@ -9,6 +9,7 @@ from kernels.jit import kernel
 from kernels.memory import (
     EFAULT,
     EINTR,
+    EINVAL,
     copy_bytes,
     last_errno,
     libc_fdatasync,
@@ -32,6 +33,15 @@ DISK = np.dtype(
         ("bus_errors", "<u8"),  # address of control_block.WORKER.bus_errors
         ("bounce_address", "<u8"),  # blk_bounce.BOUNCE_BYTES of this process
         ("bounces", "<i8"),  # 1: the kernel refused guest memory once, so do not try again
+        ("direct", "<i8"),  # 1: opened with O_DIRECT, which not every piece of guest memory is aligned for
+        ("unsafe", "<i8"),  # 1: a flush does nothing (--cache unsafe)
+        ("is_block", "<i8"),  # 1: a block device
+        ("can_discard", "<i8"),  # what the file can do (devices/block/image_limits)
+        ("can_write_zeroes", "<i8"),
+        ("can_punch", "<i8"),
+        ("can_zero_range", "<i8"),
+        ("zeros_address", "<u8"),  # zeros_bytes of zeros
+        ("zeros_bytes", "<u8"),
         ("waited", "<i8"),  # set to 1 by whatever may have waited for the disk
     ]
 )
@@ -82,6 +92,8 @@ def transfer(disk, segments, first, end, offset, writing):
         if done < 0 and last_errno() == EFAULT:
             disk.bounces = 1
             continue
+        if done < 0 and last_errno() == EINVAL and disk.direct:
+            return bounce_transfer(fd, disk.bounce_address, segments, first, end, offset, writing)
         if done <= 0:
             return ERR_IO
         offset += done
@@ -132,6 +144,8 @@ def write_sectors(disk, segments, first, end, sector, write_through):
 @kernel
 def flush(disk):
     """Everything written is on the disk when this returns OK (virtio 1.2, 5.2.6.2)."""
+    if disk.unsafe:
+        return OK
     disk.waited = 1
     return OK if libc_fdatasync(int32(disk.fd)) == 0 else ERR_IO
 

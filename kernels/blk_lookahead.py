@@ -10,7 +10,7 @@ from numba import uint64
 
 from kernels.jit import kernel
 from kernels.memory import load_u16, load_u64, prefetch
-from kernels.regions import GPA, locate
+from kernels.regions import ACCESS_READ, locate
 from kernels.virtio_layout import AVAIL_RING, BLK_HEADER_SIZE, DESC_F_INDIRECT, DESC_SIZE, SECTOR_SHIFT
 
 #: Requests looked at together.
@@ -41,7 +41,7 @@ def first_descriptor(ring, regions, ahead):
     entry = descriptor_of(ring, ahead)
     if entry == _ZERO or not (load_u64(entry + _EIGHT) >> _FLAGS_SHIFT) & _INDIRECT:
         return entry
-    table, available = locate(regions, load_u64(entry), uint64(DESC_SIZE), GPA)
+    table, available = locate(regions, load_u64(entry), uint64(DESC_SIZE), ACCESS_READ)
     return table if available == DESC_SIZE else _ZERO
 
 
@@ -51,7 +51,7 @@ def header_of(ring, regions, ahead):
     entry = first_descriptor(ring, regions, ahead)
     if entry == _ZERO:
         return _ZERO
-    header, available = locate(regions, load_u64(entry), uint64(BLK_HEADER_SIZE), GPA)
+    header, available = locate(regions, load_u64(entry), uint64(BLK_HEADER_SIZE), ACCESS_READ)
     return header if available == BLK_HEADER_SIZE else _ZERO
 
 

@@ -13,16 +13,14 @@ _ONE = np.uint64(1)
 
 
 @kernel
-def take_header(segments, readable, scratch):
-    """Copy the 16-byte header out of the readable segments to `scratch`, and cut it off them.
+def take_bytes(segments, first, end, scratch, wanted):
+    """Copy `wanted` bytes out of segments[first:end] to `scratch`, and cut them off.
 
-    Returns (status, first segment that still has readable bytes). A driver may spread the header at will (5.2.6).
+    Returns (status, first segment that still has bytes). A driver may spread them at will (5.2.6).
     """
-    wanted = uint64(BLK_HEADER_SIZE)
     copied = _ZERO
-    first = np.int64(0)
     while copied < wanted:
-        if first >= readable:
+        if first >= end:
             return ERR_BAD_REQUEST, first
         address = segments[first, 0]
         length = segments[first, 1]
@@ -74,7 +72,7 @@ def parse_request(segments, readable, count, scratch):
     status_address, end = take_status(segments, readable, count)
     if status_address == _ZERO:
         return ERR_NO_STATUS, np.int64(-1), _ZERO, 0, 0, 0, 0, _ZERO
-    status, first = take_header(segments, readable, scratch)
+    status, first = take_bytes(segments, np.int64(0), readable, scratch, uint64(BLK_HEADER_SIZE))
     if status != OK:
         return status, np.int64(-1), _ZERO, 0, 0, readable, end, status_address
     kind = np.int64(load_u32(scratch))

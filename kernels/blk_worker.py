@@ -4,13 +4,14 @@ Returns to the interpreter for one reason only: a command of the coordinator is 
 """
 
 import numpy as np
-from numba import int64, uint64
+from numba import int32, int64, uint64
 
 from kernels import control_block as cb
-from kernels.blk_queue import break_ring, serve_ring
+from kernels.blk_queue import serve_ring
 from kernels.jit import kernel
 from kernels.memory import load_u64
 from kernels.status import ERR_MEMORY_GONE
+from kernels.vring import break_ring
 from kernels.worker_loop import begin, command_waiting, forget_idling, wait_a_little
 
 _BUS_ERRORS = np.uint64(cb.offset_of(cb.WORKER, "bus_errors"))
@@ -29,31 +30,34 @@ def check_memory(loop, rings, disk):
         disk.map_address = uint64(0)
         return
     for k in range(rings.shape[0]):
-        if rings[k].state == cb.VRING_RUNNING:
+        if rings[k].state in (cb.VRING_RUNNING, cb.VRING_WAITING):
             break_ring(rings[k], ERR_MEMORY_GONE, loop.one)
 
 
 @kernel
-def serve_all(loop, rings, disk, regions, segments):
+def serve_all(loop, rings, disk, regions, memory, segments, copied):
     """One turn for every running ring. Returns requests done."""
     done = int64(0)
     for k in range(rings.shape[0]):
         ring = rings[k]
         if ring.state == cb.VRING_RUNNING:
-            done += serve_ring(ring, disk, regions, segments, loop.scratch, loop.one)
+            done += serve_ring(
+                ring, disk, regions, memory, segments, copied, loop.scratch, loop.one, int32(loop.notice_fd)
+            )
     return done
 
 
 @kernel
-def serve(loop, rings, pollfds, disk, regions, segments):
+def serve(loop, rings, pollfds, disk, regions, memory, segments, copied):
     """Serve `rings` until a command waits. Everything is an array or record of this process.
 
-    loop: worker_loop.LOOP. rings: RING[n]. pollfds: POLLFD[n + 1], entry 0 set. disk: DISK. regions: uint64[m, 4].
-    segments: uint64[SEGMENTS_MAX, 2].
+    loop: worker_loop.LOOP. rings: RING[n]. pollfds: POLLFD[n + 1], entry 0 set. disk: DISK. regions: uint64[m, 5], what
+    drivers' addresses mean; memory: uint64[m, 5], the memory table. segments: uint64[2 * SEGMENTS_MAX, 2]. copied:
+    uint64[32768, 2], a chain copied out of its ring.
     """
     begin(loop, rings)
     while not command_waiting(loop):
-        done = serve_all(loop, rings, disk, regions, segments)
+        done = serve_all(loop, rings, disk, regions, memory, segments, copied)
         check_memory(loop, rings, disk)
         if done:
             forget_idling(loop)

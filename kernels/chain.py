@@ -5,16 +5,18 @@ same time. An address of 0 marks bytes that are not in guest memory.
 """
 
 import numpy as np
-from numba import uint64
+from numba import uint32, uint64
 
+from kernels import control_block as cb
 from kernels.jit import kernel
-from kernels.memory import load_u64
-from kernels.regions import GPA, contiguous, locate
+from kernels.memory import load_u64, store_u32, store_u64
+from kernels.regions import ACCESS_READ, ACCESS_WRITE, contiguous, locate
 from kernels.status import (
     ERR_CHAIN_TOO_LONG,
     ERR_DIRECTION,
     ERR_INDIRECT_TABLE,
     ERR_NEXT_INDEX,
+    MISS,
     OK,
 )
 from kernels.virtio_layout import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE
@@ -24,6 +26,8 @@ INDIRECT_MAX = 1024
 #: Room for the longest chain, each descriptor of which may lie across a border between two regions.
 SEGMENTS_MAX = 2 * 32768
 
+_MISS_IOVA = np.uint64(cb.offset_of(cb.VRING, "miss_iova"))
+_MISS_ACCESS = np.uint64(cb.offset_of(cb.VRING, "miss_access"))
 _LEN_MASK = np.uint64(0xFFFFFFFF)
 _FLAGS_SHIFT = np.uint64(32)
 _NEXT_SHIFT = np.uint64(48)
@@ -33,23 +37,71 @@ _EIGHT = np.uint64(8)
 
 
 @kernel
-def append_segment(regions, segments, count, gpa, length):
-    """Add `length` bytes from `gpa` on, in as many segments as regions hold them. (new count, mapped 1 or 0)."""
-    mapped = 1
+def note_miss(ring, iova, access):
+    """Leave word of a translation that is lacking."""
+    store_u64(ring.record + _MISS_IOVA, iova)
+    store_u32(ring.record + _MISS_ACCESS, uint32(access))
+
+
+@kernel
+def append_segment(ring, regions, segments, count, address, length, access):
+    """Add `length` bytes from driver address `address` on, in as many segments as regions hold them.
+
+    Returns (OK, MISS or ERR_CHAIN_TOO_LONG; new count; 1 when all of it is mapped).
+    """
     while length > _ZERO:
-        if count >= segments.shape[0]:
-            return np.int64(-1), 0
-        address, available = locate(regions, gpa, length, GPA)
-        if available == _ZERO:
+        if count >= SEGMENTS_MAX:
+            return ERR_CHAIN_TOO_LONG, count, 0
+        here, available = locate(regions, address, length, access)
+        if here == _ZERO:
+            if available == _ZERO and ring.iotlb:
+                note_miss(ring, address, access)
+                return MISS, count, 0
             segments[count, 0] = _ZERO
             segments[count, 1] = length
-            return count + 1, 0
-        segments[count, 0] = address
+            return OK, count + 1, 0
+        segments[count, 0] = here
         segments[count, 1] = available
         count += 1
-        gpa += available
+        address += available
         length -= available
-    return count, mapped
+    return OK, count, 1
+
+
+@kernel
+def add_buffer(ring, regions, segments, count, readable, address, length, writable):
+    """Add one descriptor's buffer. readable: segments before the first writable one, -1 while there is none.
+
+    Returns (OK, MISS or ERR_*; count; readable; 1 when it is mapped and not empty).
+    """
+    if writable:
+        if readable < 0:
+            readable = count
+    elif readable >= 0:
+        return ERR_DIRECTION, count, readable, 0
+    access = ACCESS_WRITE if writable else ACCESS_READ
+    status, count, mapped = append_segment(ring, regions, segments, count, address, length, access)
+    return status, count, readable, mapped if length > _ZERO else 0
+
+
+@kernel
+def indirect_table(ring, regions, address, length):
+    """(OK, MISS or ERR_INDIRECT_TABLE; where the table is here; its entries) (virtio 1.2, 2.7.5.3 and 2.8.7)."""
+    entries = np.int64(length) // DESC_SIZE
+    if not ring.indirect or entries == 0 or np.int64(length) % DESC_SIZE or entries > max(ring.size, INDIRECT_MAX):
+        return ERR_INDIRECT_TABLE, _ZERO, np.int64(0)
+    table = contiguous(regions, address, length, ACCESS_READ)
+    if table == _ZERO:
+        if ring.iotlb:
+            here, available = locate(regions, address, length, ACCESS_READ)
+            missing = address + available
+            if here != _ZERO or available == _ZERO:
+                row_here, row_available = locate(regions, missing, uint64(1), ACCESS_READ)
+                if row_here == _ZERO and row_available == _ZERO:
+                    note_miss(ring, missing, ACCESS_READ)
+                    return MISS, _ZERO, np.int64(0)
+        return ERR_INDIRECT_TABLE, _ZERO, np.int64(0)
+    return OK, table, entries
 
 
 @kernel
@@ -70,42 +122,33 @@ def read_chain(ring, regions, head, segments):
     while True:
         seen += 1
         if seen > limit:
-            return ERR_CHAIN_TOO_LONG, 0, 0, 0
+            return ERR_CHAIN_TOO_LONG, np.int64(0), np.int64(0), 0
         entry = table + uint64(index) * uint64(DESC_SIZE)
-        gpa = load_u64(entry)
+        address = load_u64(entry)
         word = load_u64(entry + _EIGHT)
         length = word & _LEN_MASK
         flags = np.int64((word >> _FLAGS_SHIFT) & _FLAGS_MASK)
         if flags & DESC_F_INDIRECT:
-            entries = np.int64(length) // DESC_SIZE
-            if in_indirect or not ring.indirect or flags & DESC_F_NEXT or entries == 0:
-                return ERR_INDIRECT_TABLE, 0, 0, 0
-            if np.int64(length) % DESC_SIZE or entries > max(ring.size, INDIRECT_MAX):
-                return ERR_INDIRECT_TABLE, 0, 0, 0
-            table = contiguous(regions, gpa, length, GPA)
-            if table == _ZERO:
-                return ERR_INDIRECT_TABLE, 0, 0, 0
+            if in_indirect or flags & DESC_F_NEXT:
+                return ERR_INDIRECT_TABLE, np.int64(0), np.int64(0), 0
+            status, table, table_size = indirect_table(ring, regions, address, length)
+            if status != OK:
+                return status, np.int64(0), np.int64(0), 0
             in_indirect = True
-            table_size = entries
-            limit = seen + entries
+            limit = seen + table_size
             index = np.int64(0)
             continue
-        if flags & DESC_F_WRITE:
-            if readable < 0:
-                readable = count
-        elif readable >= 0:
-            return ERR_DIRECTION, 0, 0, 0
-        if length == _ZERO:
-            clean = 0
-        count, mapped = append_segment(regions, segments, count, gpa, length)
-        if count < 0:
-            return ERR_CHAIN_TOO_LONG, 0, 0, 0
-        clean &= mapped
+        status, count, readable, good = add_buffer(
+            ring, regions, segments, count, readable, address, length, flags & DESC_F_WRITE
+        )
+        if status != OK:
+            return status, np.int64(0), np.int64(0), 0
+        clean &= good
         if not flags & DESC_F_NEXT:
             break
         index = np.int64(word >> _NEXT_SHIFT)
         if index >= table_size:
-            return ERR_NEXT_INDEX, 0, 0, 0
+            return ERR_NEXT_INDEX, np.int64(0), np.int64(0), 0
     if readable < 0:
         readable = count
     return OK, readable, count, clean

@@ -20,6 +20,7 @@ assert WORKER.itemsize == 128
 
 VRING_STOPPED = 0
 VRING_RUNNING = 1
+VRING_WAITING = 3  # for a translation that the IOTLB lacks (miss_iova, miss_access)
 VRING_BROKEN = 2  # the driver broke the ring; stopped until the front-end starts it again
 
 VRING = np.dtype(
@@ -36,7 +37,9 @@ VRING = np.dtype(
         ("flushes", "<u8"),  # W
         ("kicks", "<u8"),  # W: kicks received
         ("calls", "<u8"),  # W: calls sent
-        ("_pad1", "V56"),
+        ("miss_iova", "<u8"),  # W: the address that VRING_WAITING waits for
+        ("miss_access", "<u4"),  # W: and what for: 1 read, 2 write
+        ("_pad1", "V44"),
     ]
 )
 assert VRING.itemsize == 128

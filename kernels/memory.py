@@ -60,6 +60,19 @@ store_u32 = _store(32, "monotonic")
 store_u64 = _store(64, "monotonic")
 store_release_u16 = _store(16, "release")
 store_release_u32 = _store(32, "release")
+load_acquire_u64 = _load(64, "acquire")
+store_release_u64 = _store(64, "release")
+
+
+@intrinsic
+def or_u8(typing_context, address, bits):
+    """Set bits of a byte that somebody else changes at the same time."""
+
+    def generate(context, builder, signature, arguments):
+        builder.atomic_rmw("or", _pointer(builder, arguments[0], 8), arguments[1], "seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint8), generate
 
 
 @intrinsic
@@ -132,6 +145,8 @@ libc_pread = types.ExternalFunction("pread", types.int64(types.int32, types.uint
 libc_pwrite = types.ExternalFunction("pwrite", types.int64(types.int32, types.uint64, types.uint64, types.int64))
 libc_preadv = types.ExternalFunction("preadv", types.int64(types.int32, types.uint64, types.int32, types.int64))
 libc_pwritev = types.ExternalFunction("pwritev", types.int64(types.int32, types.uint64, types.int32, types.int64))
+libc_fallocate = types.ExternalFunction("fallocate", types.int32(types.int32, types.int32, types.int64, types.int64))
+libc_ioctl = types.ExternalFunction("ioctl", types.int32(types.int32, types.uint64, types.uint64))
 libc_fdatasync = types.ExternalFunction("fdatasync", types.int32(types.int32))
 libc_poll = types.ExternalFunction("poll", types.int32(types.uint64, types.uint64, types.int32))
 libc_sched_yield = types.ExternalFunction("sched_yield", types.int32())
@@ -146,6 +161,7 @@ libc_mmap = types.ExternalFunction(
 
 EINTR = 4  # <errno.h>
 EFAULT = 14
+EINVAL = 22
 
 
 @kernel

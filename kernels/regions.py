@@ -1,6 +1,8 @@
-"""Guest-physical to process addresses, bounds-checked.
+"""Driver addresses to process addresses, bounds-checked.
 
-A region table is uint64[n, 4] of this process: gpa, size in bytes, address here, front-end user address.
+A region table is uint64[n, 5] of this process: address of the driver (guest-physical, or I/O virtual when an IOMMU
+translates), size in bytes, address here, front-end user address, permissions; its rows are sorted by the first column
+and do not overlap.
 """
 
 import numpy as np
@@ -11,29 +13,77 @@ GPA = 0
 SIZE = 1
 ADDRESS = 2
 UVA = 3
+ACCESS = 4
+COLUMNS = 5
+
+ACCESS_READ = 1  # the device may read
+ACCESS_WRITE = 2
+ACCESS_BOTH = 3
+ACCESS_REFUSED = 4  # the front-end was asked and has nothing there
 
 _ZERO = np.uint64(0)
 
 
 @kernel
-def locate(regions, start, length, column):
-    """(address here, bytes that follow it in the same region, at most `length`) of `start`; (0, 0) when unmapped.
-
-    column: GPA or UVA, the address space of `start`. The subtraction cannot wrap: it follows the comparison.
-    """
-    for k in range(regions.shape[0]):
-        base = regions[k, column]
-        if start >= base:
-            offset = start - base
-            if offset < regions[k, SIZE]:
-                return regions[k, ADDRESS] + offset, min(length, regions[k, SIZE] - offset)
-    return _ZERO, _ZERO
+def find_row(regions, start):
+    """The row that holds driver address `start`; -1: none. The subtraction cannot wrap: it follows the comparison."""
+    low = 0
+    high = regions.shape[0]
+    while low < high:
+        middle = (low + high) >> 1
+        if regions[middle, GPA] <= start:
+            low = middle + 1
+        else:
+            high = middle
+    if low == 0 or start - regions[low - 1, GPA] >= regions[low - 1, SIZE]:
+        return -1
+    return low - 1
 
 
 @kernel
-def contiguous(regions, start, length, column):
-    """Address here of `length` bytes from `start` on that lie in one region; 0 when they do not."""
-    address, available = locate(regions, start, length, column)
+def locate(regions, start, length, access):
+    """(address here, bytes that follow it in the same region, at most `length`) of driver address `start`.
+
+    (0, 0) when nothing is known of it, or not for `access`; (0, n) when it is known that nothing is there.
+    """
+    row = find_row(regions, start)
+    if row < 0:
+        return _ZERO, _ZERO
+    offset = start - regions[row, GPA]
+    available = min(length, regions[row, SIZE] - offset)
+    if regions[row, ACCESS] & np.uint64(ACCESS_REFUSED):
+        return _ZERO, available
+    if regions[row, ACCESS] & np.uint64(access) != np.uint64(access):
+        return _ZERO, _ZERO
+    return regions[row, ADDRESS] + offset, available
+
+
+@kernel
+def contiguous(regions, start, length, access):
+    """Address here of `length` bytes from driver address `start` on that lie in one region; 0 when they do not."""
+    address, available = locate(regions, start, length, access)
     if available < length or length == _ZERO:
         return _ZERO
     return address
+
+
+@kernel
+def contiguous_user(regions, start, length):
+    """The same for a front-end user address."""
+    for row in range(regions.shape[0]):
+        base = regions[row, UVA]
+        if start >= base and start - base < regions[row, SIZE]:
+            offset = start - base
+            return regions[row, ADDRESS] + offset if length <= regions[row, SIZE] - offset else _ZERO
+    return _ZERO
+
+
+@kernel
+def physical(regions, address):
+    """(found 1 or 0, guest-physical address, bytes that follow in the region) of an address of this process."""
+    for row in range(regions.shape[0]):
+        base = regions[row, ADDRESS]
+        if address >= base and address - base < regions[row, SIZE]:
+            offset = address - base
+            return 1, regions[row, GPA] + offset, regions[row, SIZE] - offset
+    return 0, _ZERO, _ZERO

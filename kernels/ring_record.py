@@ -10,6 +10,11 @@ RING = np.dtype(
         ("record", "<u8"),  # address of the vring's control_block.VRING
         ("size", "<i8"),
         ("index", "<i8"),  # number of the vring at its front-end
+        (
+            "packed",
+            "<i8",
+        ),  # 1 when VIRTIO_F_RING_PACKED was negotiated: the indices hold wrap bits
+        ("iotlb", "<i8"),  # 1 when addresses of the driver are translated, so that a missing one may come later
         ("event_idx", "<i8"),  # 1 when VIRTIO_F_RING_EVENT_IDX was negotiated
         ("indirect", "<i8"),  # 1 when VIRTIO_F_RING_INDIRECT_DESC was negotiated
         ("write_through", "<i8"),  # 1 when the driver has no way to flush: every write goes to the disk first
@@ -23,6 +28,20 @@ RING = np.dtype(
         ("signalled_valid", "<u2"),
         ("error", "<i4"),
         ("_pad", "<i4"),
+        ("log_address", "<u8"),  # dirty-page log in this process
+        ("log_bytes", "<u8"),  # 0: nothing is logged
+        ("log_gpa", "<u8"),  # where writes to the used ring are logged
+        ("log_used", "<i8"),  # 1: they are
+        ("log_fd", "<i8"),  # eventfd that tells of new entries in the log; -1: none
+        ("inflight", "<u8"),  # address of the vring's part of the inflight region; 0: none
+        ("counter", "<u8"),  # the region's global counter
+        ("resubmit", "<u8"),  # address of int64[resubmit_count]: chains that a former back-end took and did not finish
+        ("resubmit_count", "<i8"),
+        ("resubmit_next", "<i8"),
+        ("slots", "<i8"),  # descriptors of the ring that the chain in hand takes (packed)
+        ("buffer_id", "<i8"),  # its id (packed)
+        ("entry", "<i8"),  # its head entry of the inflight region (packed)
+        ("unsignalled", "<i8"),  # descriptors used since the last decision about a call (packed)
         ("requests", "<u8"),
         ("errors", "<u8"),
         ("read_bytes", "<u8"),

@@ -1,9 +1,8 @@
 """The device side of a split virtqueue (virtio 1.2, 2.7): what is available, what is used, who must be woken."""
 
 import numpy as np
-from numba import int32, uint16, uint32, uint64
+from numba import uint16, uint32, uint64
 
-from kernels import control_block as cb
 from kernels.jit import kernel
 from kernels.memory import (
     full_fence,
@@ -11,58 +10,21 @@ from kernels.memory import (
     load_u16,
     ring_eventfd,
     store_release_u16,
-    store_release_u32,
     store_u16,
     store_u32,
-    store_u64,
 )
-from kernels.regions import UVA, contiguous
-from kernels.status import ERR_AVAIL_IDX, ERR_HEAD_INDEX, ERR_QUEUE_SIZE, ERR_RING_ADDRESS, OK
+from kernels.status import ERR_AVAIL_IDX, ERR_HEAD_INDEX
 from kernels.virtio_layout import (
     AVAIL_F_NO_INTERRUPT,
     AVAIL_FLAGS,
     AVAIL_IDX,
     AVAIL_RING,
-    DESC_SIZE,
-    QUEUE_SIZE_MAX,
     USED_ELEM_SIZE,
     USED_F_NO_NOTIFY,
     USED_FLAGS,
     USED_IDX,
     USED_RING,
 )
-
-_STATE = np.uint64(cb.offset_of(cb.VRING, "state"))
-_ERROR = np.uint64(cb.offset_of(cb.VRING, "error"))
-_LAST_AVAIL = np.uint64(cb.offset_of(cb.VRING, "last_avail_idx"))
-_USED_IDX = np.uint64(cb.offset_of(cb.VRING, "used_idx"))
-_REQUESTS = np.uint64(cb.offset_of(cb.VRING, "requests"))
-_ERRORS = np.uint64(cb.offset_of(cb.VRING, "errors"))
-_READ_BYTES = np.uint64(cb.offset_of(cb.VRING, "read_bytes"))
-_WRITTEN_BYTES = np.uint64(cb.offset_of(cb.VRING, "written_bytes"))
-_FLUSHES = np.uint64(cb.offset_of(cb.VRING, "flushes"))
-_KICKS = np.uint64(cb.offset_of(cb.VRING, "kicks"))
-_CALLS = np.uint64(cb.offset_of(cb.VRING, "calls"))
-
-
-@kernel
-def place_ring(ring, regions, desc_uva, avail_uva, used_uva):
-    """Translate and check the three parts of a ring (virtio 1.2, 2.7: alignment 16, 2, 4). OK or ERR_*."""
-    size = uint64(ring.size)
-    if size == 0 or size > QUEUE_SIZE_MAX or size & (size - uint64(1)):
-        return ERR_QUEUE_SIZE
-    if desc_uva & uint64(15) or avail_uva & uint64(1) or used_uva & uint64(3):
-        return ERR_RING_ADDRESS
-    # used_event and avail_event are part of the areas even when EVENT_IDX is off (2.7.6, 2.7.8 sizes).
-    desc = contiguous(regions, desc_uva, size * uint64(DESC_SIZE), UVA)
-    avail = contiguous(regions, avail_uva, uint64(6) + uint64(2) * size, UVA)
-    used = contiguous(regions, used_uva, uint64(6) + uint64(8) * size, UVA)
-    if desc == 0 or avail == 0 or used == 0:
-        return ERR_RING_ADDRESS
-    ring.desc = desc
-    ring.avail = avail
-    ring.used = used
-    return OK
 
 
 @kernel
@@ -98,31 +60,12 @@ def put_used(ring, head, written):
     store_u32(element, uint32(head))
     store_u32(element + uint64(4), uint32(written))
     ring.used_idx = uint16(ring.used_idx + 1)
-    ring.last_avail_idx = uint16(ring.last_avail_idx + 1)
 
 
 @kernel
 def publish(ring):
-    """Show the driver everything put so far, and the coordinator how far we are."""
+    """Show the driver everything put so far."""
     store_release_u16(ring.used + uint64(USED_IDX), ring.used_idx)
-    record = ring.record
-    store_u16(record + _LAST_AVAIL, ring.last_avail_idx)
-    store_u16(record + _USED_IDX, ring.used_idx)
-    store_u64(record + _REQUESTS, ring.requests)
-    store_u64(record + _ERRORS, ring.errors)
-    store_u64(record + _READ_BYTES, ring.read_bytes)
-    store_u64(record + _WRITTEN_BYTES, ring.written_bytes)
-    store_u64(record + _FLUSHES, ring.flushes)
-    store_u64(record + _KICKS, ring.kicks)
-    store_u64(record + _CALLS, ring.calls)
-
-
-@kernel
-def set_state(ring, state):
-    """Change the ring's state, here and in the control block."""
-    ring.state = int32(state)
-    store_u32(ring.record + _ERROR, uint32(ring.error))
-    store_release_u32(ring.record + _STATE, uint32(state))
 
 
 @kernel

@@ -1,6 +1,7 @@
 """Codes that kernels return. Zero and above: success; below: the rule that was broken."""
 
 OK = 0
+MISS = 1  # the IOTLB lacks an address: nothing was taken, try again when it has come
 
 # A driver broke the ring's structure: the vring is marked broken (virtio 1.2, 2.1.2 asks for a device reset).
 ERR_AVAIL_IDX = -1  # more entries made available than the ring holds (2.7.6)
@@ -12,7 +13,8 @@ ERR_DIRECTION = -6  # a device-readable descriptor after a device-writable one (
 ERR_NO_STATUS = -7  # nowhere to write the request's status (5.2.6)
 ERR_RING_ADDRESS = -8  # a part of the ring outside guest memory or misaligned (2.7)
 ERR_MEMORY_GONE = -9  # guest memory that its front-end shared was truncated
-ERR_QUEUE_SIZE = -10  # not a power of two from 1 to 32768 (2.7)
+ERR_QUEUE_SIZE = -10  # not a power of two from 1 to 32768 (2.7), or not from 1 to 32768 (2.8)
+ERR_INFLIGHT = -11  # the inflight region says what cannot be
 
 # A request is at fault, not the ring: its status says so.
 ERR_BAD_ADDRESS = -20  # a buffer outside guest memory
@@ -31,4 +33,5 @@ TEXT = {
     ERR_RING_ADDRESS: "ring outside of guest memory or misaligned",
     ERR_MEMORY_GONE: "guest memory was truncated by its owner",
     ERR_QUEUE_SIZE: "queue size is not a power of two up to 32768",
+    ERR_INFLIGHT: "the inflight region is damaged",
 }

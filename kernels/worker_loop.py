@@ -17,7 +17,7 @@ from kernels.memory import (
     store_u32,
     store_u64,
 )
-from kernels.split_ring import call_if_wanted, refuse_kicks, want_kicks
+from kernels.vring import call_if_wanted, refuse_kicks, want_kicks
 
 #: struct pollfd (poll(2)); entry 0 is the command socket, entry k + 1 the kick of ring k.
 POLLFD = np.dtype([("fd", "<i4"), ("events", "<i2"), ("revents", "<i2")])
@@ -29,6 +29,7 @@ LOOP = np.dtype(
         ("record", "<u8"),  # address of the worker's control_block.WORKER
         ("scratch", "<u8"),  # 64 bytes of this process
         ("one", "<u8"),  # address of a 64-bit 1
+        ("notice_fd", "<i8"),  # eventfd that tells the coordinator to look at the control block
         ("spin_max_ns", "<i8"),  # longest time to spin before sleeping; 0 never spins
         ("spin_ns", "<i8"),  # the present one, adapted to what happened
         ("idle_since_ns", "<i8"),  # when the present spell without work began

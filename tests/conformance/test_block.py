@@ -167,7 +167,7 @@ def test_write_beyond_the_end(disk):
     assert disk.read(0, 512)
 
 
-@pytest.mark.parametrize("kind", [2, 11, 13, 0xFFFFFFFF])
+@pytest.mark.parametrize("kind", [2, 10, 14, 0xFFFFFFFF])
 def test_unknown_request_type(disk, kind):
     assert disk.request(kind)[0] == UNSUPP
     assert disk.read(0, 512)

@@ -3,7 +3,7 @@
 import contextlib
 
 from tests.mock.driver_ring import DriverRing
-from tests.mock.frontend import F_EVENT_IDX, Frontend
+from tests.mock.frontend import F_EVENT_IDX, NOT_BY_DEFAULT, Frontend
 from tests.mock.guest_memory import GuestMemory
 
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
@@ -62,7 +62,7 @@ def started_disk(path, features=None, size=16, indirect=False, memory=None, inde
     memory = memory or GuestMemory()
     try:
         offered, _ = frontend.negotiate(features)
-        taken = offered if features is None else features
+        taken = offered & ~NOT_BY_DEFAULT if features is None else features
         ring = DriverRing(memory, size, event_idx=bool(taken & F_EVENT_IDX))
         frontend.set_memory(memory)
         frontend.start_vring(index, ring)

@@ -16,6 +16,9 @@ SET_VRING_ENABLE, GET_CONFIG, SET_CONFIG = 18, 24, 25
 MQ, REPLY_ACK, CONFIG = 1 << 0, 1 << 3, 1 << 9
 F_PROTOCOL_FEATURES, F_EVENT_IDX, F_INDIRECT, F_VERSION_1 = 1 << 30, 1 << 29, 1 << 28, 1 << 32
 F_BLK_RO, F_BLK_FLUSH, F_BLK_MQ = 1 << 5, 1 << 9, 1 << 12
+F_LOG_ALL, F_ACCESS_PLATFORM, F_PACKED, F_IN_ORDER = 1 << 26, 1 << 33, 1 << 34, 1 << 35
+F_BLK_CONFIG_WCE, F_BLK_DISCARD, F_BLK_WRITE_ZEROES = 1 << 11, 1 << 13, 1 << 14
+NOT_BY_DEFAULT = F_LOG_ALL | F_ACCESS_PLATFORM | F_PACKED  # what changes how everything else is said
 
 
 class Refused(Exception):
@@ -88,7 +91,7 @@ class Frontend:
         self.tell(SET_PROTOCOL_FEATURES, struct.pack("=Q", protocol & offered_protocol))
         self.acks = bool(protocol & offered_protocol & REPLY_ACK)
         self.tell(SET_OWNER)
-        wanted = offered if features is None else features
+        wanted = offered & ~NOT_BY_DEFAULT if features is None else features
         self.tell(SET_FEATURES, struct.pack("=Q", wanted))
         return offered, offered_protocol
 

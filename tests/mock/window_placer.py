@@ -14,16 +14,14 @@ class WindowPlacer:
         self.devices = devices
         self._fds = []
 
-    async def place(self, regions):
+    async def place(self, areas):
         self.forget()
         pieces = []
-        start = 0
-        for number, region in enumerate(regions):
+        for number, region in enumerate(areas):
             half = region.size_bytes // 2 & ~4095
             for part, (offset, size) in enumerate([(0, half), (half, region.size_bytes - half)]):
                 if size:
-                    pieces.append(self._show(2 * number + part, region, start, offset, size))
-            start += region.size_bytes
+                    pieces.append(self._show(2 * number + part, region, region.offset, offset, size))
         return pieces
 
     def _show(self, number, region, start, offset, size):

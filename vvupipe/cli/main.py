@@ -9,7 +9,7 @@ import sys
 import click
 
 from vvupipe import __version__
-from vvupipe.cli.device import device
+from vvupipe.cli.device import block, device
 from vvupipe.cli.lspci import lspci
 from vvupipe.cli.run import run
 from vvupipe.errors import UserError, VvupipeError
@@ -36,9 +36,19 @@ cli.add_command(lspci)
 
 
 def main() -> None:
-    """Run the command line; errors become one line and an exit status (2: the user's, 1: ours or a peer's)."""
+    """The `vvupipe` program."""
+    run_command(cli)
+
+
+def block_main() -> None:
+    """The `vvupipe-block` program: `vvupipe device block`, for who starts back-ends by their file (libvirt)."""
+    run_command(block)
+
+
+def run_command(command: click.Command) -> None:
+    """Run a command line; errors become one line and an exit status (2: the user's, 1: ours or a peer's)."""
     try:
-        status = cli.main(standalone_mode=False)
+        status = command.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         status = _USER_ERROR

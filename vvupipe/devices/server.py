@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import Any, Protocol
 
-from vvupipe.errors import TransportError
+from vvupipe.errors import TransportError, WorkerError
 from vvupipe.events import EventPrinter
 from vvupipe.units import human_bytes
 from vvupipe.vhost_user.backend import serve
@@ -33,6 +33,12 @@ class ServedDevice(Device, Protocol):
     async def start(self) -> None:
         """Get ready to serve. Raises: WorkerError."""
 
+    async def resize(self) -> int | None:
+        """Take the size that what is served has now. The new size in bytes; None: nothing changed.
+
+        Raises: WorkerError.
+        """
+
     async def close(self) -> None:
         """Let go of everything."""
 
@@ -46,6 +52,14 @@ async def run(device: ServedDevice, transport: Transport, events: EventPrinter) 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    resizing: set[asyncio.Task[None]] = set()
+
+    def resize() -> None:
+        task = asyncio.create_task(_resize(device, events))
+        resizing.add(task)
+        task.add_done_callback(resizing.discard)
+
+    loop.add_signal_handler(signal.SIGUSR1, resize)
     serving: asyncio.Task[None] | None = None
     try:
         notice = loop.call_later(_SLOW_START_S, _say_starting)
@@ -70,6 +84,19 @@ async def run(device: ServedDevice, transport: Transport, events: EventPrinter) 
         await device.close()
     events.emit("stopped", "stopped", vrings=_counters(device))
     return 0
+
+
+async def _resize(device: ServedDevice, events: EventPrinter) -> None:
+    """SIGUSR1: what is served has another size."""
+    try:
+        size_bytes = await device.resize()
+    except (WorkerError, OSError) as error:
+        log.error("it cannot be resized: %s", error)
+        return
+    if size_bytes is None:
+        events.emit("resized", "the size has not changed", changed=False)
+    else:
+        events.emit("resized", f"it has {human_bytes(size_bytes)} now", changed=True, size_bytes=size_bytes)
 
 
 def _say_starting() -> None:

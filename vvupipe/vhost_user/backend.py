@@ -6,38 +6,73 @@ carries the one and what the other stores are not its business.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import logging
-import os
 from collections.abc import Awaitable, Callable
 
-from kernels.virtio_layout import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_VERSION_1
-from vvupipe.errors import ProtocolError, WorkerError
-from vvupipe.memory.doorbell import Doorbell
+from kernels.virtio_layout import F_VERSION_1
+from vvupipe.errors import Disconnected, ProtocolError, TransportError, WorkerError
+from vvupipe.vhost_user.back_end_channel import BackendChannel
 from vvupipe.vhost_user.device import Device
+from vvupipe.vhost_user.device_state import StateTransfers
 from vvupipe.vhost_user.messages import (
     ANSWERED,
+    CONFIG_FLAG_MIGRATION,
+    F_LOG_ALL,
     F_PROTOCOL_FEATURES,
-    VRING_INDEX_MASK,
+    BackendRequest,
     ConfigAccess,
     Message,
     ProtocolFeature,
     Request,
-    VringAddress,
-    VringState,
     pack_u64,
     unpack_u64,
 )
+from vvupipe.vhost_user.session_memory import SessionMemory
+from vvupipe.vhost_user.session_vrings import SessionVrings
 from vvupipe.vhost_user.transport import Connection
-from vvupipe.vhost_user.vring import Vring
-from vvupipe.workers.vring_setup import VringSetup
 
 log = logging.getLogger(__name__)
 
-_PROTOCOL_FEATURES = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG
+#: what the session implements; a carrier offers those of them that it can pass on
+PROTOCOL_FEATURES = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.INBAND_NOTIFICATIONS
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+    | ProtocolFeature.DEVICE_STATE
+)
+#: requests that are only legal when a protocol feature was negotiated, of those that newer versions brought
+_NEEDS = {
+    Request.SET_BACKEND_REQ_FD: ProtocolFeature.BACKEND_REQ,
+    Request.GET_INFLIGHT_FD: ProtocolFeature.INFLIGHT_SHMFD,
+    Request.SET_INFLIGHT_FD: ProtocolFeature.INFLIGHT_SHMFD,
+    Request.RESET_DEVICE: ProtocolFeature.RESET_DEVICE,
+    Request.VRING_KICK: ProtocolFeature.INBAND_NOTIFICATIONS,
+    Request.GET_MAX_MEM_SLOTS: ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    Request.ADD_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    Request.REM_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    Request.SET_STATUS: ProtocolFeature.STATUS,
+    Request.GET_STATUS: ProtocolFeature.STATUS,
+    Request.SET_DEVICE_STATE_FD: ProtocolFeature.DEVICE_STATE,
+    Request.CHECK_DEVICE_STATE: ProtocolFeature.DEVICE_STATE,
+    Request.SET_LOG_BASE: ProtocolFeature.LOG_SHMFD,
+}
+_IN_BAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK  # "In-band notifications"
 _CONFIG_SPACE_MAX = 256  # "Virtio device config space": VHOST_USER_MAX_CONFIG_SIZE of the protocol
+_STATUS_MAX = 0xFF
 _DONE = 0
 _FAILED = 1
+
+Reply = bytes | Message | None
 
 
 class Session:
@@ -46,30 +81,51 @@ class Session:
     def __init__(self, connection: Connection, device: Device) -> None:
         self._connection = connection
         self._device = device
-        self._offered_protocol = _PROTOCOL_FEATURES & connection.protocol_features
+        self._offered_protocol = PROTOCOL_FEATURES & connection.protocol_features
         self._protocol = ProtocolFeature(0)
-        self._features = 0
-        self._vrings = [Vring(index) for index in range(device.num_queues)]
-        self._has_memory = False
-        self._handlers: dict[int, Callable[[Message], Awaitable[bytes | None]]] = {
+        self._status = 0
+        self._channel: BackendChannel | None = None
+        self._notices: set[asyncio.Task[None]] = set()
+        self._memory = SessionMemory(connection, device.pool)
+        self._vrings = SessionVrings(connection, device, lambda: self._memory.known)
+        self._memory.channel = self._vrings.channel = lambda: self._channel
+        self._states = StateTransfers(device)
+        device.on_config_change = self._tell_config_change
+        vrings, memory = self._vrings, self._memory
+        self._handlers: dict[int, Callable[[Message], Awaitable[Reply]]] = {
             Request.GET_FEATURES: self._get_features,
             Request.SET_FEATURES: self._set_features,
             Request.SET_OWNER: self._set_owner,
             Request.RESET_OWNER: self._reset_owner,
             Request.SET_MEM_TABLE: self._set_mem_table,
-            Request.SET_VRING_NUM: self._set_vring_num,
-            Request.SET_VRING_ADDR: self._set_vring_addr,
-            Request.SET_VRING_BASE: self._set_vring_base,
-            Request.GET_VRING_BASE: self._get_vring_base,
-            Request.SET_VRING_KICK: self._set_vring_kick,
-            Request.SET_VRING_CALL: self._set_vring_call,
-            Request.SET_VRING_ERR: self._set_vring_err,
+            Request.SET_LOG_BASE: memory.set_log_base,
+            Request.SET_LOG_FD: memory.set_log_event,
+            Request.SET_VRING_NUM: vrings.set_num,
+            Request.SET_VRING_ADDR: vrings.set_addr,
+            Request.SET_VRING_BASE: vrings.set_base,
+            Request.GET_VRING_BASE: vrings.get_base,
+            Request.SET_VRING_KICK: vrings.set_kick,
+            Request.SET_VRING_CALL: vrings.set_call,
+            Request.SET_VRING_ERR: vrings.set_err,
             Request.GET_PROTOCOL_FEATURES: self._get_protocol_features,
             Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
             Request.GET_QUEUE_NUM: self._get_queue_num,
-            Request.SET_VRING_ENABLE: self._set_vring_enable,
+            Request.SET_VRING_ENABLE: vrings.set_enable,
+            Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
+            Request.IOTLB_MSG: memory.iotlb,
             Request.GET_CONFIG: self._get_config,
             Request.SET_CONFIG: self._set_config,
+            Request.GET_INFLIGHT_FD: vrings.get_inflight,
+            Request.SET_INFLIGHT_FD: vrings.set_inflight,
+            Request.RESET_DEVICE: self._reset_device,
+            Request.VRING_KICK: vrings.kick_in_band,
+            Request.GET_MAX_MEM_SLOTS: memory.get_max_slots,
+            Request.ADD_MEM_REG: self._add_mem_reg,
+            Request.REM_MEM_REG: memory.remove_region,
+            Request.SET_STATUS: self._set_status,
+            Request.GET_STATUS: self._get_status,
+            Request.SET_DEVICE_STATE_FD: self._set_device_state_fd,
+            Request.CHECK_DEVICE_STATE: self._check_device_state,
         }
 
     async def run(self) -> None:
@@ -86,59 +142,73 @@ class Session:
 
     async def close(self) -> None:
         """Stop what runs and let go of the front-end's memory and eventfds."""
+        self._device.on_config_change = lambda: None
         try:
-            for vring in self._vrings:
-                await self._stop(vring)
-                vring.close()
-            await self._device.pool.set_memory([])
+            await self._states.close()
+            await self._vrings.close()
+            await self._memory.close()
+            for task in self._notices:
+                task.cancel()
+            if self._channel:
+                await self._channel.close()
+            self._device.reset()
         finally:
             self._connection.close()
 
     async def _answer(self, message: Message) -> None:
         handler = self._handlers.get(message.request)
-        wants_ack = (
-            message.need_reply and ProtocolFeature.REPLY_ACK in self._protocol and message.request not in ANSWERED
-        )
+        has_reply = message.request in ANSWERED or message.request == Request.SET_LOG_BASE
+        wants_ack = message.need_reply and ProtocolFeature.REPLY_ACK in self._protocol and not has_reply
+        reply: Reply = None
+        code = _FAILED
         if handler is None:
             # "REPLY_ACK": whoever asks is told that it failed; whoever does not ask expects nothing.
             log.warning("%s is not implemented%s", message.name, "" if wants_ack else ", ignored")
-            reply = None
-            code = _FAILED
         else:
             try:
+                self._check_negotiated(message)
                 reply = await handler(message)
                 code = _DONE
             except (ProtocolError, WorkerError) as error:
                 if not wants_ack:
                     raise ProtocolError(f"{message.name}: {error}") from error
                 log.warning("%s refused: %s", message.name, error)
-                reply = None
-                code = _FAILED
         if reply is None and wants_ack:
             reply = pack_u64(code)
-        if reply is not None:
-            await self._connection.send(message.reply(reply))
+        if reply is None:
+            return
+        answer = reply if isinstance(reply, Message) else message.reply(reply)
+        try:
+            await self._connection.send(answer)
+        finally:
+            answer.close_fds()
 
-    def _vring(self, index: int) -> Vring:
-        if index >= len(self._vrings):
-            raise ProtocolError(f"vring {index} does not exist, there are {len(self._vrings)}")
-        return self._vrings[index]
+    def _check_negotiated(self, message: Message) -> None:
+        needed = _NEEDS.get(Request(message.request))
+        if needed is not None and needed not in self._protocol:
+            raise ProtocolError(f"it needs the protocol feature {needed.name}, which was not negotiated")
+
+    # Features.
 
     async def _get_features(self, message: Message) -> bytes:
-        return pack_u64(self._device.features | F_PROTOCOL_FEATURES)
+        return pack_u64(self._offered_features())
+
+    def _offered_features(self) -> int:
+        log_all = F_LOG_ALL if ProtocolFeature.LOG_SHMFD in self._offered_protocol else 0
+        return self._device.features | F_PROTOCOL_FEATURES | log_all
 
     async def _set_features(self, message: Message) -> None:
         features = unpack_u64(message)
-        unknown = features & ~(self._device.features | F_PROTOCOL_FEATURES)
+        unknown = features & ~self._offered_features()
         if unknown:
             raise ProtocolError(f"features {unknown:#x} were not offered")
         if not features & F_VERSION_1:
             log.info("the front-end did not take VIRTIO_F_VERSION_1")
-        self._features = features
+        self._vrings.features = features
+        await self._memory.set_logging(bool(features & F_LOG_ALL))
         # "Ring states": without protocol features a ring starts enabled.
         if not features & F_PROTOCOL_FEATURES:
-            for vring in self._vrings:
-                vring.enabled = True
+            self._vrings.enable_all()
 
     async def _get_protocol_features(self, message: Message) -> bytes:
         return pack_u64(self._offered_protocol)
@@ -147,90 +217,87 @@ class Session:
         wanted = unpack_u64(message)
         if wanted & ~self._offered_protocol:
             raise ProtocolError(f"protocol features {wanted & ~self._offered_protocol:#x} were not offered")
+        in_band = bool(wanted & ProtocolFeature.INBAND_NOTIFICATIONS)
+        if in_band and wanted & _IN_BAND_NEEDS != _IN_BAND_NEEDS:
+            # The specification wants the connection closed, whether an acknowledgement was asked for or not.
+            self._protocol = ProtocolFeature(0)
+            raise ProtocolError("INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK")
         self._protocol = ProtocolFeature(wanted)
+        self._vrings.in_band = in_band
+
+    async def _get_queue_num(self, message: Message) -> bytes:
+        return pack_u64(self._device.num_queues)
+
+    # The device as a whole.
 
     async def _set_owner(self, message: Message) -> None:
         """One session has one owner from the start."""
 
     async def _reset_owner(self, message: Message) -> None:
         # Deprecated and ambiguous; like other back-ends, stop the rings and keep the rest.
-        for vring in self._vrings:
-            await self._stop(vring)
+        await self._vrings.stop_all()
 
-    async def _get_queue_num(self, message: Message) -> bytes:
-        return pack_u64(len(self._vrings))
+    async def _reset_device(self, message: Message) -> None:
+        await self._vrings.reset()
+        self._vrings.features = 0
+        self._status = 0
+        await self._memory.set_logging(False)
+        self._device.reset()
+
+    async def _set_status(self, message: Message) -> None:
+        status = unpack_u64(message)
+        if status > _STATUS_MAX:
+            raise ProtocolError(f"device status {status:#x} has more than 8 bits")
+        if status == 0 and self._status:
+            await self._reset_device(message)
+        self._status = status
+
+    async def _get_status(self, message: Message) -> bytes:
+        return pack_u64(self._status)
+
+    async def _set_device_state_fd(self, message: Message) -> bytes:
+        return await self._states.begin(message, running=self._vrings.running)
+
+    async def _check_device_state(self, message: Message) -> bytes:
+        return await self._states.check()
+
+    # Memory.
 
     async def _set_mem_table(self, message: Message) -> None:
-        regions = await self._connection.memory_regions(message)
-        log.info("memory table: %d regions, %d MiB", len(regions), sum(r.size_bytes for r in regions) >> 20)
-        await self._device.pool.set_memory(regions)
-        self._has_memory = True
-        for vring in self._vrings:
-            await self._start_if_complete(vring)
+        await self._memory.set_table(message)
+        await self._vrings.start_complete()
 
-    async def _set_vring_num(self, message: Message) -> None:
-        state = VringState.unpack(message)
-        size = state.num
-        if not 0 < size <= self._device.queue_size_max or size & (size - 1):
-            raise ProtocolError(
-                f"vring size {size}: a power of two up to {self._device.queue_size_max} is possible (--queue-size)"
-            )
-        vring = self._stopped_vring(state.index)
-        vring.size = size
+    async def _add_mem_reg(self, message: Message) -> None:
+        await self._memory.add_region(message)
+        await self._vrings.start_complete()
 
-    async def _set_vring_addr(self, message: Message) -> None:
-        address = VringAddress.unpack(message)
-        vring = self._vring(address.index)
-        parts = (address.descriptor_uva, address.available_uva, address.used_uva)
-        if vring.running and parts != vring.addresses:
-            raise ProtocolError(f"vring {vring.index} cannot move while it runs")
-        vring.addresses = parts
-        await self._start_if_complete(vring)
+    # Back-end channel.
 
-    async def _set_vring_base(self, message: Message) -> None:
-        state = VringState.unpack(message)
-        self._stopped_vring(state.index).last_avail_idx = state.num & 0xFFFF
+    async def _set_backend_req_fd(self, message: Message) -> None:
+        channel = self._connection.back_end_channel(message)
+        if self._channel:
+            await self._channel.close()
+        self._channel = BackendChannel(channel, acks=ProtocolFeature.REPLY_ACK in self._protocol)
 
-    def _stopped_vring(self, index: int) -> Vring:
-        vring = self._vring(index)
-        if vring.running:
-            raise ProtocolError(f"vring {index} is running; stop it first")
-        return vring
+    def _tell_config_change(self) -> None:
+        task = asyncio.create_task(self._send_config_change())
+        self._notices.add(task)
+        task.add_done_callback(self._notices.discard)
 
-    async def _get_vring_base(self, message: Message) -> bytes:
-        vring = self._vring(VringState.unpack(message).index)
-        await self._stop(vring)
-        vring.drop_kick()
-        return VringState(vring.index, vring.last_avail_idx).pack()
+    async def _send_config_change(self) -> None:
+        if self._channel is None or ProtocolFeature.CONFIG not in self._protocol:
+            log.warning("the front-end cannot be told of the new configuration: it sees it when it looks")
+            return
+        with contextlib.suppress(Disconnected):  # its end is seen on the main channel
+            try:
+                code = await self._channel.request(BackendRequest.CONFIG_CHANGE_MSG)
+            except (ProtocolError, TransportError) as error:
+                log.warning("the front-end was not told of the new configuration: %s", error)
+                return
+            if code:
+                log.warning("the front-end did not take the new configuration (code %d)", code)
 
-    async def _set_vring_kick(self, message: Message) -> None:
-        vring = self._vring(unpack_u64(message) & VRING_INDEX_MASK)
-        await self._stop(vring)
-        vring.set_kick(self._connection.kick(message))
-        await self._start_if_complete(vring)
-
-    async def _set_vring_call(self, message: Message) -> None:
-        await self._set_doorbell(message, "call", self._connection.call)
-
-    async def _set_vring_err(self, message: Message) -> None:
-        await self._set_doorbell(message, "err", self._connection.err)
-
-    async def _set_doorbell(self, message: Message, which: str, obtain: Callable[[Message], Doorbell | None]) -> None:
-        vring = self._vring(unpack_u64(message) & VRING_INDEX_MASK)
-        doorbell = obtain(message)
-        vring.set_doorbell(which, doorbell)
-        if vring.running:
-            copy = Doorbell(os.dup(doorbell.fd)) if doorbell else None
-            await self._device.pool.replace_doorbell(vring.index, which, copy)
-
-    async def _set_vring_enable(self, message: Message) -> None:
-        state = VringState.unpack(message)
-        vring = self._vring(state.index)
-        vring.enabled = bool(state.num)
-        if vring.enabled:
-            await self._start_if_complete(vring)
-        else:
-            await self._stop(vring)
+    # Configuration space.
 
     async def _get_config(self, message: Message) -> bytes:
         wanted = ConfigAccess.unpack(message)
@@ -243,47 +310,10 @@ class Session:
 
     async def _set_config(self, message: Message) -> None:
         wanted = ConfigAccess.unpack(message)
-        raise ProtocolError(f"the {wanted.size_bytes} configuration bytes at {wanted.offset} are read-only")
-
-    async def _start_if_complete(self, vring: Vring) -> None:
-        if vring.running or not vring.complete or not self._has_memory:
-            return
-        assert vring.addresses is not None
-        desc_uva, avail_uva, used_uva = vring.addresses
-        setup = VringSetup(
-            vring.index,
-            vring.size,
-            desc_uva,
-            avail_uva,
-            used_uva,
-            event_idx=bool(self._features & F_RING_EVENT_IDX),
-            indirect=bool(self._features & F_RING_INDIRECT_DESC),
-            write_through=self._device.write_through(self._features),
-            kick_fd=os.dup(vring.kick_fd) if vring.kick_fd >= 0 else -1,
-            call=Doorbell(os.dup(vring.call.fd)) if vring.call else None,
-            err=Doorbell(os.dup(vring.err.fd)) if vring.err else None,
-        )
-        try:
-            started_at = await self._device.pool.start_vring(setup)
-        except WorkerError:
-            if vring.err:
-                vring.err.ring()
-            raise
-        if started_at != vring.last_avail_idx:
-            log.warning(
-                "vring %d: base %d, but the used ring says %d; what was left undone is done again",
-                vring.index,
-                vring.last_avail_idx,
-                started_at,
-            )
-        vring.running = True
-        log.info("vring %d started at %d, %d entries", vring.index, started_at, vring.size)
-
-    async def _stop(self, vring: Vring) -> None:
-        if vring.running:
-            vring.last_avail_idx = await self._device.pool.stop_vring(vring.index)
-            vring.running = False
-            log.info("vring %d stopped at %d", vring.index, vring.last_avail_idx)
+        if wanted.flags not in {0, CONFIG_FLAG_MIGRATION}:
+            raise ProtocolError(f"flags {wanted.flags:#x}")
+        migration = wanted.flags == CONFIG_FLAG_MIGRATION
+        await self._device.set_config(wanted.offset, wanted.data, self._vrings.features, migration=migration)
 
 
 async def serve(connection: Connection, device: Device) -> None:

@@ -436,13 +436,13 @@ class InflightArea:
     offset: int
     num_queues: int
     queue_size: int
-    # As QEMU's VhostUserInflight; peers pad it to 8 bytes or do not.
+    # A C compiler pads it to 8 bytes, and QEMU compares the size of the answer; some peers send it unpadded.
     _LAYOUT = struct.Struct("=QQHH")
     _PADDED = struct.Struct("=QQHH4x")
 
     def pack(self) -> bytes:
         """The payload's bytes."""
-        return self._LAYOUT.pack(self.size_bytes, self.offset, self.num_queues, self.queue_size)
+        return self._PADDED.pack(self.size_bytes, self.offset, self.num_queues, self.queue_size)
 
     @classmethod
     def unpack(cls, message: Message) -> InflightArea:

@@ -12,6 +12,7 @@ from vvupipe.errors import Disconnected, ProtocolError, TransportError, UserErro
 from vvupipe.fd_socket import FdSocket, close_all, wait_fd
 from vvupipe.memory.doorbell import Doorbell
 from vvupipe.memory.region import MemoryRegion
+from vvupipe.memory.shared import create_unnamed
 from vvupipe.vhost_user.messages import (
     HEADER,
     MAX_FDS,
@@ -20,8 +21,10 @@ from vvupipe.vhost_user.messages import (
     ProtocolFeature,
     unpack_header,
     unpack_memory_table,
+    unpack_single_region,
     unpack_u64,
 )
+from vvupipe.vhost_user.transport import FileArea
 
 _FILE_END = 1 << 63  # off_t is signed
 _BACKLOG = 16  # front-ends that may wait for their turn
@@ -74,13 +77,7 @@ class MessageSocket:
 class SocketConnection:
     """Implements transport.Connection: everything comes with the message."""
 
-    protocol_features = (
-        ProtocolFeature.MQ
-        | ProtocolFeature.CONFIG
-        | ProtocolFeature.REPLY_ACK
-        | ProtocolFeature.RESET_DEVICE
-        | ProtocolFeature.STATUS
-    )
+    protocol_features = ProtocolFeature(~0)
 
     def __init__(self, sock: socket.socket) -> None:
         self._messages = MessageSocket(sock)
@@ -105,6 +102,25 @@ class SocketConnection:
             for entry in entries
         ]
 
+    async def added_region(self, message: Message) -> list[MemoryRegion]:
+        """See transport.Connection: exactly one fd."""
+        entry = unpack_single_region(message)
+        if len(message.fds) != 1:
+            raise ProtocolError(f"a memory slot with {len(message.fds)} file descriptors")
+        check_backing(message.fds[0], entry.mmap_offset + entry.size_bytes)
+        return [MemoryRegion(entry.gpa, entry.size_bytes, entry.uva, message.take_fd(), entry.mmap_offset)]
+
+    async def area(self, message: Message, size_bytes: int, offset: int) -> FileArea:
+        """See transport.Connection: the file that comes with the message."""
+        if len(message.fds) != 1:
+            raise ProtocolError(f"{message.name} with {len(message.fds)} file descriptors")
+        check_backing(message.fds[0], offset + size_bytes)
+        return FileArea(message.take_fd(), size_bytes, offset)
+
+    def attach_area(self, reply: Message, size_bytes: int) -> None:
+        """See transport.Connection: an unnamed file; `reply` owns it."""
+        reply.fds.append(create_unnamed(size_bytes))
+
     def kick(self, message: Message) -> int | None:
         """See transport.Connection. Non-blocking, as whoever drains it must never be made to wait."""
         fd = self._eventfd(message)
@@ -120,6 +136,19 @@ class SocketConnection:
     def err(self, message: Message) -> Doorbell | None:
         """See transport.Connection."""
         return self.call(message)
+
+    def log_event(self, message: Message) -> Doorbell | None:
+        """See transport.Connection."""
+        return Doorbell(message.take_fd())
+
+    def back_end_channel(self, message: Message) -> MessageSocket:
+        """See transport.Connection: the socket that comes with the message."""
+        fd = message.take_fd()
+        try:
+            return MessageSocket(socket.socket(fileno=fd))
+        except OSError as error:
+            os.close(fd)
+            raise ProtocolError(f"{message.name} with a file descriptor that is no socket") from error
 
     def shut_down(self) -> None:
         """Wake a pending receive or send; both then see an end."""

@@ -6,11 +6,34 @@ this interface knows which one it has.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from vvupipe.memory.doorbell import Doorbell
 from vvupipe.memory.region import MemoryRegion
 from vvupipe.vhost_user.messages import Message, ProtocolFeature
+
+
+@dataclass(frozen=True, slots=True)
+class FileArea:
+    """Memory that is not the guest's (a log, an inflight region): `size_bytes` of `fd` from `offset` on."""
+
+    fd: int
+    size_bytes: int
+    offset: int
+
+
+class MessageChannel(Protocol):
+    """Messages one way, replies the other: the back-end channel."""
+
+    async def receive(self) -> Message | None:
+        """The next message, or None at its end. Raises: ProtocolError, TransportError."""
+
+    async def send(self, message: Message) -> None:
+        """Send a message. Raises: Disconnected, TransportError."""
+
+    def close(self) -> None:
+        """Harmless when called again."""
 
 
 class Connection(Protocol):
@@ -34,6 +57,15 @@ class Connection(Protocol):
         Raises: ProtocolError when the message and what came with it do not fit together.
         """
 
+    async def added_region(self, message: Message) -> list[MemoryRegion]:
+        """The region of ADD_MEM_REG, in one part or more. Raises: ProtocolError."""
+
+    async def area(self, message: Message, size_bytes: int, offset: int) -> FileArea:
+        """What SET_LOG_BASE or SET_INFLIGHT_FD brings, with an fd that the caller owns. Raises: ProtocolError."""
+
+    def attach_area(self, reply: Message, size_bytes: int) -> None:
+        """Have the reply to GET_INFLIGHT_FD bring a fresh area of zeros to the front-end."""
+
     def kick(self, message: Message) -> int | None:
         """The eventfd of SET_VRING_KICK, owned by the caller; None asks for polling."""
 
@@ -42,6 +74,12 @@ class Connection(Protocol):
 
     def err(self, message: Message) -> Doorbell | None:
         """The doorbell of SET_VRING_ERR, owned by the caller."""
+
+    def log_event(self, message: Message) -> Doorbell | None:
+        """The doorbell of SET_LOG_FD, owned by the caller."""
+
+    def back_end_channel(self, message: Message) -> MessageChannel:
+        """The channel of SET_BACKEND_REQ_FD, owned by the caller. Raises: ProtocolError."""
 
     def close(self) -> None:
         """End this stay: the front-end sees a disconnect. Harmless when called again."""

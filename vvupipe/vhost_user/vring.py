@@ -15,11 +15,14 @@ class Vring:
     index: int
     size: int = 0
     addresses: tuple[int, int, int] | None = None  #: descriptor, available and used user addresses
-    last_avail_idx: int = 0
+    flags: int = 0  #: of SET_VRING_ADDR
+    log_gpa: int = 0
+    last_avail_idx: int | None = None  #: None: never told, so the start of the ring
     enabled: bool = False
     kicked: bool = False  #: SET_VRING_KICK came since the last stop, with an fd or without (polling)
     kick_fd: int = -1
     call: Doorbell | None = None
+    call_set: bool = False  #: SET_VRING_CALL came, with an fd or without
     err: Doorbell | None = None
     running: bool = False  #: the pool serves it
 
@@ -47,6 +50,13 @@ class Vring:
         if old:
             old.close()
         setattr(self, which, doorbell)
+
+    def reset(self) -> None:
+        """As at the start of a session, but for the eventfds."""
+        self.drop_kick()
+        self.size = self.flags = self.log_gpa = 0
+        self.addresses = self.last_avail_idx = None
+        self.enabled = False
 
     def close(self) -> None:
         """Close every eventfd."""

@@ -18,7 +18,7 @@ import posix_ipc
 from vvupipe.errors import UserError
 from vvupipe.memory import shared
 from vvupipe.memory.range_lock import try_lock
-from vvupipe.memory.region import MemoryRegion
+from vvupipe.vfio.function import MappableArea
 from vvupipe.vm.memory_plugs import MemoryPlugs, Window
 from vvupipe.vm.runtime_folder import running_descriptions
 from vvupipe.vvu import layout
@@ -63,10 +63,10 @@ class SiblingMemory:
         self._pool_devfn = pool_devfn
         self._shown: list[list[Window]] = []
 
-    async def place(self, regions: Sequence[MemoryRegion]) -> list[Piece]:
+    async def place(self, areas: Sequence[MappableArea]) -> list[Piece]:
         """See MemoryPlacer; when it fails, what was shown before stays."""
         ends: dict[tuple[int, int], tuple[int, int]] = {}  # file -> (fd, how much of it)
-        for region in regions:
+        for region in areas:
             identity = _identity(region.fd)
             _, end = ends.get(identity, (0, 0))
             ends[identity] = (region.fd, max(end, region.fd_offset + region.size_bytes))
@@ -85,13 +85,12 @@ class SiblingMemory:
             for shown in former:
                 self._plugs.hide(shown)
         pieces: list[Piece] = []
-        start = 0
-        for region in regions:
-            pieces += self._pieces(start, region, windows[_identity(region.fd)])
-            start += region.size_bytes
+        for area in areas:
+            pieces += self._pieces(area, windows[_identity(area.fd)])
         return pieces
 
-    def _pieces(self, start: int, region: MemoryRegion, windows: list[Window] | None) -> list[Piece]:
+    def _pieces(self, region: MappableArea, windows: list[Window] | None) -> list[Piece]:
+        start = region.offset
         if windows is None:
             return [Piece(start, region.size_bytes, region.fd_offset, layout.WINDOW_ON_BUS, self._pool_devfn)]
         pieces = []

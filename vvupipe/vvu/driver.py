@@ -272,8 +272,15 @@ class VvuDriver:
     def doorbell(self, index: int, *, err: bool = False) -> Doorbell | None:
         """The doorbell of vring `index` as it is now; None when the sibling has tied nothing to it."""
         self._check_vring(index)
+        return self._doorbell(index + (layout.ERR_DOORBELL_BASE if err else 0))
+
+    def log_doorbell(self) -> Doorbell | None:
+        """The doorbell that tells of news in the sibling's dirty-page log."""
+        return self._doorbell(layout.LOG_DOORBELL)
+
+    def _doorbell(self, number: int) -> Doorbell | None:
         where = self._structures[layout.CFG_DOORBELL]
-        wanted = where.offset + (index + (layout.ERR_DOORBELL_BASE if err else 0)) * where.extra
+        wanted = where.offset + number * where.extra
         fd = self.function.io_event(where.bar, wanted, bytes(layout.DOORBELL_WRITE_BYTES))
         return None if fd is None else Doorbell(fd)
 

@@ -15,12 +15,14 @@ from vvupipe.vhost_user.messages import (
     VRING_INDEX_MASK,
     VRING_NO_FD,
     Message,
-    ProtocolFeature,
     RegionEntry,
     unpack,
     unpack_memory_table,
+    unpack_single_region,
     unpack_u64,
 )
+from vvupipe.vhost_user.transport import FileArea
+from vvupipe.vvu import layout
 from vvupipe.vvu.driver import VvuDriver
 
 log = logging.getLogger(__name__)
@@ -139,18 +141,13 @@ def _drain(eventfd: int) -> None:
 class VvuConnection:
     """Implements transport.Connection: memory and doorbells are asked of the function, nothing comes with a message."""
 
-    protocol_features = (
-        ProtocolFeature.MQ
-        | ProtocolFeature.CONFIG
-        | ProtocolFeature.REPLY_ACK
-        | ProtocolFeature.RESET_DEVICE
-        | ProtocolFeature.STATUS
-    )
+    protocol_features = layout.CARRIED
 
     def __init__(self, transport: VvuTransport, first: bytes) -> None:
         self._transport = transport
         self._first: bytes | None = first
         self._ended = False
+        self._channel: VvuBackEndChannel | None = None
 
     def _driver(self) -> VvuDriver:
         if self._transport.driver is None:
@@ -159,16 +156,23 @@ class VvuConnection:
 
     async def receive(self) -> Message | None:
         """See transport.Connection."""
-        if self._ended:
-            return None
-        data, self._first = self._first, None
-        if data is None:
-            data = await self._transport.next_message()
-        if not data:
-            self._ended = True
-            self._transport.end_due = False
-            return None
-        return unpack(data)
+        while not self._ended:
+            data, self._first = self._first, None
+            if data is None:
+                data = await self._transport.next_message()
+            if not data:
+                self._ended = True
+                self._transport.end_due = False
+                if self._channel:
+                    self._channel.replies.put_nowait(None)
+                break
+            message = unpack(data)
+            # What is a reply answers a request of ours: the front-end's own requests never are.
+            if not message.is_reply:
+                return message
+            if self._channel:
+                self._channel.replies.put_nowait(message)
+        return None
 
     async def send(self, message: Message) -> None:
         """See transport.Connection."""
@@ -194,6 +198,33 @@ class VvuConnection:
                 area.close()
         return regions
 
+    async def added_region(self, message: Message) -> list[MemoryRegion]:
+        """See transport.Connection; the function says in the mmap offset where in the BAR it is."""
+        entry = unpack_single_region(message)
+        areas = await self._driver().shared_memory_areas()
+        try:
+            return _regions_at(entry.mmap_offset, entry, areas)
+        finally:
+            for area in areas:
+                area.close()
+
+    async def area(self, message: Message, size_bytes: int, offset: int) -> FileArea:
+        """See transport.Connection; the function says in the offset where in the BAR it is."""
+        areas = await self._driver().shared_memory_areas()
+        entry = RegionEntry(0, size_bytes, 0, offset)
+        try:
+            parts = _regions_at(offset, entry, areas)
+        finally:
+            for area in areas:
+                area.close()
+        if len(parts) != 1:
+            close_regions(parts)
+            raise ProtocolError(f"{message.name}: its memory does not lie in one piece")
+        return FileArea(parts[0].fd, size_bytes, parts[0].fd_offset)
+
+    def attach_area(self, reply: Message, size_bytes: int) -> None:
+        """See transport.Connection: the function does, as no file can be sent through it."""
+
     def kick(self, message: Message) -> int | None:
         """See transport.Connection."""
         value = unpack_u64(message)
@@ -215,6 +246,15 @@ class VvuConnection:
             return None
         return self._driver().doorbell(value & VRING_INDEX_MASK, err=err)
 
+    def log_event(self, message: Message) -> Doorbell | None:
+        """See transport.Connection."""
+        return self._driver().log_doorbell()
+
+    def back_end_channel(self, message: Message) -> VvuBackEndChannel:
+        """See transport.Connection: requests go by the txq, replies come by the rxq."""
+        self._channel = VvuBackEndChannel(self)
+        return self._channel
+
     def close(self) -> None:
         """See transport.Connection."""
         if not self._ended:
@@ -223,6 +263,25 @@ class VvuConnection:
                 self._transport.drop_front_end()
             except TransportError as error:
                 log.debug("nobody to disconnect: %s", error)
+
+
+class VvuBackEndChannel:
+    """Implements transport.MessageChannel on the connection's own queues."""
+
+    def __init__(self, connection: VvuConnection) -> None:
+        self._connection = connection
+        self.replies: asyncio.Queue[Message | None] = asyncio.Queue()
+
+    async def receive(self) -> Message | None:
+        """See transport.MessageChannel."""
+        return await self.replies.get()
+
+    async def send(self, message: Message) -> None:
+        """See transport.MessageChannel."""
+        await self._connection.send(message)
+
+    def close(self) -> None:
+        """See transport.MessageChannel: it ends with the connection."""
 
 
 def _regions_at(offset: int, entry: RegionEntry, areas: list[MappableArea]) -> list[MemoryRegion]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 
 from kernels.virtio_layout import F_ACCESS_PLATFORM, F_VERSION_1
+from vvupipe.vhost_user.messages import ProtocolFeature
 
 # PCI identity (C)
 VENDOR_ID = 0x1AF4
@@ -60,6 +61,7 @@ DOORBELL_BYTES = 0x2000
 DOORBELL_MULTIPLIER = 4
 DOORBELL_WRITE_BYTES = 4  #: the contract takes any size
 ERR_DOORBELL_BASE = 1024  #: ours: doorbell 1024 + i raises the sibling's err event of vring i
+LOG_DOORBELL = 960  #: ours: tells the sibling that its dirty-page log has news (SET_LOG_FD)
 NOTIFICATION_OFFSET = 0x2000
 NOTIFICATION_BYTES = 0x1000
 NOTIFICATION_SELECT = 0  #: le16
@@ -118,3 +120,19 @@ DEVICE_CONFIG = struct.Struct("<II16s")  #: status, max_vhost_queues, uuid
 DEVICE_CONFIG_BYTES = DEVICE_CONFIG.size
 STATUS_BACKEND_UP = 1  #: the driver sets it
 STATUS_FRONTEND_UP = 2  #: the function sets it
+
+#: Protocol features that can pass the function; the proxy masks the others out of the back-end's answer. Not those that
+#: hand a file from the back-end to the front-end or the other way in ways of their own.
+CARRIED = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.INBAND_NOTIFICATIONS
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+)
+MEM_SLOTS_MAX = 32  #: the most that a proxy lets a front-end have: each takes a place in the region table

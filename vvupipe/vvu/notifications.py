@@ -30,6 +30,7 @@ class Notifications:
         self._irqs = irqs
         self._relay = relay
         self._select = 0
+        self._log: Doorbell | None = None
         irqs.on_route = self._vector_moved
         #: called with (doorbell number, fd or -1) when the sibling ties one, before the former fd is closed
         self.on_tie: Callable[[int, int], None] = lambda number, fd: None
@@ -62,6 +63,8 @@ class Notifications:
             self._route(self._vrings[self._select])
 
     def _ring(self, number: int) -> None:
+        if number == layout.LOG_DOORBELL and self._log:
+            self._log.ring()
         is_err = number >= layout.ERR_DOORBELL_BASE
         index = number - layout.ERR_DOORBELL_BASE if is_err else number
         if index < len(self._vrings):
@@ -75,7 +78,7 @@ class Notifications:
         errs = [(index, vring.err) for index, vring in enumerate(self._vrings, layout.ERR_DOORBELL_BASE)]
         return [
             IoEvent(layout.DOORBELL_OFFSET + number * layout.DOORBELL_MULTIPLIER, 0, doorbell.fd)
-            for number, doorbell in calls + errs
+            for number, doorbell in [*calls, *errs, (layout.LOG_DOORBELL, self._log)]
             if doorbell
         ]
 
@@ -108,8 +111,17 @@ class Notifications:
         if old:
             old.close()
 
+    def set_log(self, doorbell: Doorbell | None) -> None:
+        """Tie the doorbell of the dirty-page log."""
+        old, self._log = self._log, doorbell
+        self.on_tie(layout.LOG_DOORBELL, doorbell.fd if doorbell else -1)
+        if old:
+            old.close()
+
     def forget_sibling(self) -> None:
         """Untie doorbells and kicks; the driver's vectors stay."""
+        if self._log:
+            self.set_log(None)
         for index in range(len(self._vrings)):
             self.set_kick(index, None)
             self.set_call(index, None)

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import os
 from collections.abc import Coroutine
 from typing import Any
 
-from vvupipe.errors import Disconnected, ProtocolError
-from vvupipe.memory.region import MemoryRegion, close_regions
-from vvupipe.vfio.user_server import is_eventfd
+from vvupipe.errors import Disconnected, ProtocolError, UserError
+from vvupipe.memory.shared import create_unnamed
 from vvupipe.vhost_user.messages import (
     ANSWERED,
-    VRING_INDEX_MASK,
+    InflightArea,
     Message,
     ProtocolFeature,
     Request,
@@ -26,23 +23,17 @@ from vvupipe.vhost_user.messages import (
     unpack,
     unpack_u64,
 )
-from vvupipe.vhost_user.socket_transport import SocketConnection, SocketTransport
+from vvupipe.vhost_user.socket_transport import MessageSocket, SocketConnection, SocketTransport
 from vvupipe.vvu import layout
 from vvupipe.vvu.function import VvuFunction
-from vvupipe.vvu.region_table import MemoryPlacer, Piece
+from vvupipe.vvu.proxy_fds import ProxyFds
+from vvupipe.vvu.region_table import MemoryPlacer
 
 log = logging.getLogger(__name__)
 
-#: what this proxy can carry; the others are masked out of the back-end's answer
-CARRIED = (
-    ProtocolFeature.MQ
-    | ProtocolFeature.CONFIG
-    | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.RESET_DEVICE
-    | ProtocolFeature.STATUS
-)
 _CAUGHT_UP_S = 10.0  # a driver that gives buffers back in batches is not waited for any longer
 _REFUSED = 1
+_INFLIGHT_MAX = 256 << 20
 
 
 class VvuProxy:
@@ -54,7 +45,10 @@ class VvuProxy:
     def __init__(self, function: VvuFunction, listening: SocketTransport, placer: MemoryPlacer | None = None) -> None:
         self._function = function
         self._listening = listening
-        self._placer = placer
+        self._fds = ProxyFds(function, placer, self._caught_up)
+        self._relaying: set[asyncio.Task[None]] = set()
+        self._delivering = asyncio.Lock()
+        self._told_masked: set[str] = set()
         self._sibling: SocketConnection | None = None
         self._sending = asyncio.Lock()
         self._acks = False
@@ -127,18 +121,14 @@ class VvuProxy:
 
     def _forget_sibling(self) -> None:
         self._sibling = None
-        self._function.shared_memory.clear()
-        self._function.show_regions([])
-        if self._placer:
-            self._placer.forget()
-        self._function.notifications.forget_sibling()
+        self._fds.forget()
         self._function.set_frontend_up(False)
 
     async def _receive(self, connection: SocketConnection) -> None:
         while (message := await connection.receive()) is not None:
             log.debug("%s: -> %s, %d bytes", self._function.name, message.name, len(message.payload))
             try:
-                await self._keep_fds(connection, message)
+                await self._fds.keep(connection, message)
             except ProtocolError as error:
                 await self._refuse(connection, message, error)
                 continue
@@ -146,8 +136,13 @@ class VvuProxy:
                 message.close_fds()
             if message.request == Request.SET_PROTOCOL_FEATURES and len(message.payload) == 8:
                 self._acks = bool(unpack_u64(message) & ProtocolFeature.REPLY_ACK)
+            if message.request == Request.SET_BACKEND_REQ_FD and self._fds.channel:
+                task = asyncio.create_task(self._relay_replies(self._fds.channel))
+                self._relaying.add(task)
+                task.add_done_callback(self._relaying.discard)
             if not await self._deliver(message.pack()):
                 return
+            await self._fds.after(message)
 
     async def _refuse(self, connection: SocketConnection, message: Message, error: ProtocolError) -> None:
         """What we cannot take never reaches the back-end; the answer is the one that it would give."""
@@ -158,39 +153,30 @@ class VvuProxy:
         async with self._sending:
             await connection.send(message.reply(pack_u64(_REFUSED)))
 
-    async def _keep_fds(self, connection: SocketConnection, message: Message) -> None:
-        """Take over what comes with a message. Raises: ProtocolError when it does not fit the message."""
-        function = self._function
-        if message.request == Request.SET_MEM_TABLE:
-            if function.shared_memory.areas:
-                await self._caught_up()  # the driver may still be asking for the areas of the former table
-            regions = await connection.memory_regions(message)
-            try:
-                function.shared_memory.check(regions)
-                pieces = await self._placer.place(regions) if self._placer else _in_bar(regions)
-                function.shared_memory.fill(regions)
-                function.show_regions(pieces)
-            finally:
-                close_regions(regions)
-        elif message.request in {Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR}:
-            index = unpack_u64(message) & VRING_INDEX_MASK
-            if index >= function.notifications.count:
-                return  # the back-end's answer tells that there is no such vring
-            if any(not is_eventfd(fd) for fd in message.fds):
-                raise ProtocolError(f"{message.name} with a file descriptor that is no eventfd")
-            for fd in message.fds:
-                os.set_blocking(fd, False)
-            if message.request == Request.SET_VRING_KICK:
-                function.notifications.set_kick(index, connection.kick(message))
-            elif message.request == Request.SET_VRING_CALL:
-                function.notifications.set_call(index, connection.call(message))
-            else:
-                function.notifications.set_err(index, connection.err(message))
+    async def _relay_replies(self, channel: MessageSocket) -> None:
+        """Take the sibling's replies on the back-end channel to the driver; its requests went by `_send`."""
+        try:
+            while (message := await channel.receive()) is not None:
+                message.close_fds()
+                if not message.is_reply:
+                    log.warning("%s: a request on the back-end channel was dropped", self._function.name)
+                elif not await self._deliver(message.pack()):
+                    return
+        except (ProtocolError, OSError, Disconnected) as error:
+            log.warning("%s: back-end channel: %s", self._function.name, error)
+        finally:
+            if self._fds.channel is channel:
+                self._fds.channel = None
+            channel.close()
 
     # rxq
 
     async def _deliver(self, data: bytes) -> bool:
         """Put one message (or the zero-length one) on the rxq. False when the driver is gone."""
+        async with self._delivering:
+            return await self._put_on_rxq(data)
+
+    async def _put_on_rxq(self, data: bytes) -> bool:
         while (queue := self._function.queue(layout.RXQ)) is not None:
             self._rx.clear()
             try:
@@ -256,20 +242,49 @@ class VvuProxy:
         except ProtocolError as error:
             log.error("%s: the driver sent no vhost-user message: %s", self._function.name, error)
             return
-        if message.request == Request.GET_PROTOCOL_FEATURES and message.is_reply and len(message.payload) == 8:
-            message.payload = pack_u64(unpack_u64(message) & CARRIED)
-        async with self._sending:
-            sibling = self._sibling
-            if sibling is None:
-                log.debug("%s: %s came after the sibling left", self._function.name, message.name)
-                return
-            with contextlib.suppress(Disconnected):  # `_receive` sees its end too
-                await sibling.send(message)
+        if not message.is_reply:
+            await self._send_request(message)
+            return
+        self._adapt(message)
+        try:
+            async with self._sending:
+                sibling = self._sibling
+                if sibling is None:
+                    log.debug("%s: %s came after the sibling left", self._function.name, message.name)
+                    return
+                with contextlib.suppress(Disconnected):  # `_receive` sees its end too
+                    await sibling.send(message)
+        finally:
+            message.close_fds()
 
+    async def _send_request(self, message: Message) -> None:
+        """A request of the back-end goes to its channel."""
+        channel = self._fds.channel
+        if channel is None:
+            log.warning("%s: the back-end sent a request and has no channel for it", self._function.name)
+            return
+        with contextlib.suppress(Disconnected):  # whoever reads the channel sees its end too
+            await channel.send(message)
 
-def _in_bar(regions: list[MemoryRegion]) -> list[Piece]:
-    starts = itertools.accumulate((region.size_bytes for region in regions), initial=0)
-    return [Piece(start, region.size_bytes) for start, region in zip(starts, regions, strict=False)]
+    def _adapt(self, message: Message) -> None:
+        """Make a reply of the driver one that the sibling can have."""
+        if message.request == Request.GET_PROTOCOL_FEATURES and len(message.payload) == 8:
+            offered = ProtocolFeature(unpack_u64(message))
+            message.payload = pack_u64(offered & layout.CARRIED)
+            masked = ", ".join(sorted(str(feature.name) for feature in offered & ~layout.CARRIED))
+            if masked and masked not in self._told_masked:
+                self._told_masked.add(masked)
+                log.info("%s: the back-end offers %s, which a proxy cannot carry", self._function.name, masked)
+        elif message.request == Request.GET_MAX_MEM_SLOTS and len(message.payload) == 8:
+            message.payload = pack_u64(min(unpack_u64(message), layout.MEM_SLOTS_MAX))
+        elif message.request == Request.GET_INFLIGHT_FD:
+            try:
+                area = InflightArea.unpack(message)
+                if not 0 < area.size_bytes <= _INFLIGHT_MAX:
+                    raise ProtocolError(f"an inflight region of {area.size_bytes} bytes")
+                message.fds.append(create_unnamed(area.size_bytes))
+            except (ProtocolError, UserError) as error:
+                log.error("%s: the sibling gets no inflight region: %s", self._function.name, error)
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> Any:

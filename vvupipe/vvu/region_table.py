@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vvupipe.errors import TransportError
-from vvupipe.memory.region import MemoryRegion
+from vvupipe.vfio.function import MappableArea
 from vvupipe.vvu import layout
 
 
@@ -29,8 +29,8 @@ class Piece:
 class MemoryPlacer(Protocol):
     """Shows a sibling's memory to the VM of the function."""
 
-    async def place(self, regions: Sequence[MemoryRegion]) -> list[Piece]:
-        """Where the regions, one after another from BAR 4's start, can be mapped from now on.
+    async def place(self, areas: Sequence[MappableArea]) -> list[Piece]:
+        """Where the areas of BAR 4, whose fds stay the caller's, can be mapped from now on.
 
         Raises: ProtocolError, with one line that says what to do, when they cannot be shown.
         """

@@ -7,20 +7,26 @@ where it stopped. Workers start when their first vring does; the first one at on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from kernels import control_block as layout
+from kernels.inflight_layout import part_bytes
 from kernels.status import TEXT
 from vvupipe.errors import WorkerError
 from vvupipe.memory.doorbell import Doorbell
-from vvupipe.memory.region import MemoryRegion, close_regions
+from vvupipe.memory.iotlb import Translation
+from vvupipe.memory.region import MemoryRegion
+from vvupipe.memory.shared import create_unnamed
 from vvupipe.workers import commands
 from vvupipe.workers.control_block import ControlBlock
+from vvupipe.workers.pool_memory import PoolMemory
 from vvupipe.workers.vring_setup import VringSetup
 from vvupipe.workers.worker_handle import OPEN_TIMEOUT_S, WorkerDied, WorkerHandle
 
@@ -41,6 +47,15 @@ class DeviceWorker:
     module: str
     fields: commands.Fields
     fds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StartedVring:
+    """Where a vring started. again: requests of a former back-end that are done again; waits: for a translation."""
+
+    last_avail_idx: int
+    again: int
+    waits: bool
 
 
 class _Slot:
@@ -65,7 +80,10 @@ class WorkerPool:
         self._slots = [_Slot(index) for index in range(max(1, min(len(self._cpus), num_vrings)))]
         self.block = ControlBlock(len(self._slots), num_vrings)
         self.num_vrings = num_vrings
-        self._regions: list[MemoryRegion] = []
+        self._memory = PoolMemory()
+        self._notice_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        #: called when vrings may wait for translations: `waiting` tells which
+        self.on_waiting: Callable[[], None] = lambda: None
         self._closing = False
         self._told_broken: set[int] = set()
         self._looking: asyncio.Task[None] | None = None
@@ -89,6 +107,7 @@ class WorkerPool:
         """Start the first worker, which compiles the kernels if nobody did. Raises: WorkerError."""
         await self._worker(self._slots[0])
         self._looking = asyncio.create_task(self._look_for_broken())
+        asyncio.get_running_loop().add_reader(self._notice_fd, self._notice)
 
     async def close(self) -> None:
         """End every worker and forget the memory."""
@@ -104,21 +123,93 @@ class WorkerPool:
             for setup in slot.vrings.values():
                 setup.close()
             slot.vrings.clear()
-        close_regions(self._regions)
+        asyncio.get_running_loop().remove_reader(self._notice_fd)
+        os.close(self._notice_fd)
+        self._memory.close()
 
-    async def set_memory(self, regions: list[MemoryRegion]) -> None:
-        """Give all workers a new memory table; the pool owns `regions` from here on. Raises: WorkerError."""
-        old, self._regions = self._regions, regions
-        close_regions(old)
-        await self._to_all(self._memory_command())
+    async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
+        """Give all workers a new memory table; the pool owns `regions` from here on.
 
-    async def start_vring(self, setup: VringSetup) -> int:
-        """Serve a vring; the pool owns `setup` from here on. Returns the available index it starts at.
+        Those of the former table may be in it again, as the same objects. Raises: WorkerError when one cannot be
+        mapped; then the former table stays.
+        """
+        numbers, mapping = self._memory.add(regions)
+        try:
+            for command in mapping:
+                await self._to_all(command)
+        except WorkerError:
+            self._memory.drop_unused()
+            raise
+        await self._to_all(self._memory.use(numbers))
+        self._memory.drop_unused()
+
+    async def change_translations(
+        self, *, invalidate: Sequence[tuple[int, int]] = (), update: Sequence[Translation] = ()
+    ) -> None:
+        """Forget driver addresses (start, bytes), then add translations. Raises: WorkerError."""
+        await self._to_all(self._memory.change_translations(list(invalidate), list(update)))
+
+    async def forget_translations(self) -> None:
+        """Forget every translation. Raises: WorkerError."""
+        if len(self._memory.iotlb):
+            await self._to_all(self._memory.forget_translations())
+
+    def translation(self, iova: int) -> Translation | None:
+        """What is known of a driver address."""
+        return self._memory.iotlb.find(iova)
+
+    def waiting(self) -> list[tuple[int, int, int]]:
+        """(vring, driver address, kernels.regions.ACCESS_*) of each vring that waits for a translation."""
+        indices = [index for slot in self._slots for index in slot.vrings]
+        records = [(index, self.block.vrings[index]) for index in indices]
+        return [
+            (index, int(record["miss_iova"]), int(record["miss_access"]))
+            for index, record in records
+            if record["state"] == layout.VRING_WAITING
+        ]
+
+    def _notice(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._notice_fd)
+        self.on_waiting()
+
+    async def set_log(self, fd: int, size_bytes: int, offset: int) -> None:
+        """Mark what is written to guest memory in the log at `offset` of `fd`, which the pool owns; (-1, 0, 0): no log.
+
+        Raises: WorkerError when it cannot be mapped.
+        """
+        await self._to_all(self._memory.set_log(fd, size_bytes, offset))
+
+    async def set_log_event(self, fd: int) -> None:
+        """The eventfd to write when the log has news, which the pool owns; -1: none."""
+        await self._to_all(self._memory.set_log_event(fd))
+
+    async def set_log_used(self, index: int, *, on: bool, gpa: int) -> None:
+        """Whether writes to a running vring's used ring are logged, and from which address on."""
+        slot = self._slot(index)
+        slot.vrings[index].log_used = on
+        slot.vrings[index].log_gpa = gpa
+        await self._command(slot, {"op": "log_used", "index": index, "on": on, "gpa": gpa})
+
+    async def set_write_through(self, on: bool) -> None:
+        """Whether, for vrings that run, nothing may stay in a cache when a request completes."""
+        for slot in self._slots:
+            for setup in slot.vrings.values():
+                setup.write_through = on
+        await self._to_all(({"op": "write_through", "on": on}, []))
+
+    async def start_vring(self, setup: VringSetup) -> StartedVring:
+        """Serve a vring; the pool owns `setup` from here on.
 
         Raises: WorkerError when its addresses are bad.
         """
         slot = self._slot(setup.index)
         self._forget(slot, setup.index)
+        if setup.packed and setup.inflight_fd < 0:
+            # A packed ring itself does not tell where a worker that died had got to.
+            setup.inflight_bytes = part_bytes(setup.size, packed=True)
+            setup.inflight_offset = 0
+            setup.inflight_fd = create_unnamed(setup.inflight_bytes)
         await self._worker(slot)  # before the setup is remembered, or a new worker would be given it twice
         slot.vrings[setup.index] = setup
         try:
@@ -126,7 +217,7 @@ class WorkerPool:
         except WorkerError:
             self._forget(slot, setup.index)
             raise
-        return int(answer["last_avail_idx"])
+        return StartedVring(int(answer["last_avail_idx"]), int(answer["again"]), bool(answer["waits"]))
 
     async def stop_vring(self, index: int) -> int:
         """Stop a vring, after the request that its worker is at. Returns last_avail_idx."""
@@ -179,10 +270,6 @@ class WorkerPool:
         if setup:
             setup.close()
 
-    def _memory_command(self) -> tuple[commands.Fields, list[int]]:
-        rows = [(region.gpa, region.size_bytes, region.uva, region.fd_offset) for region in self._regions]
-        return {"op": "memory", "regions": rows}, [region.fd for region in self._regions]
-
     async def _to_all(self, command: tuple[commands.Fields, list[int]]) -> None:
         running = [slot for slot in self._slots if slot.handle]
         await asyncio.gather(*(self._command(slot, *command) for slot in running))
@@ -228,9 +315,9 @@ class WorkerPool:
             "spin_max_ns": self._spin_max_ns,
             "device": self._device.fields,
         }
-        await handle.command(opening, [self.block.fd, *self._device.fds], OPEN_TIMEOUT_S)
-        if self._regions:
-            await handle.command(*self._memory_command())
+        await handle.command(opening, [self.block.fd, self._notice_fd, *self._device.fds], OPEN_TIMEOUT_S)
+        for command in self._memory.commands():
+            await handle.command(*command)
         for setup in list(slot.vrings.values()):
             try:
                 await handle.command(*_start_command(setup, takes_over=True))
@@ -272,6 +359,7 @@ class WorkerPool:
 def _start_command(setup: VringSetup, *, takes_over: bool = False) -> tuple[commands.Fields, list[int]]:
     fds = [setup.kick_fd] if setup.kick_fd >= 0 else []
     fds += [doorbell.fd for doorbell in (setup.call, setup.err) if doorbell]
+    fds += [setup.inflight_fd] if setup.inflight_fd >= 0 else []
     given = {
         "kick_fd": setup.kick_fd >= 0,
         "call_fd": setup.call is not None,

@@ -16,16 +16,18 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kernels import bus_error, split_ring, worker_loop
+from kernels import bus_error, vring, worker_loop
 from kernels import control_block as layout
 from kernels.chain import SEGMENTS_MAX
 from kernels.ring_record import RING
-from kernels.status import ERR_RING_ADDRESS, OK, TEXT
+from kernels.status import ERR_RING_ADDRESS, MISS, OK, TEXT
+from kernels.virtio_layout import QUEUE_SIZE_MAX
 from vvupipe.errors import WorkerError
 from vvupipe.memory.mapping import Mapping
 from vvupipe.workers import commands
 from vvupipe.workers.control_block import ControlBlock
 from vvupipe.workers.executor import CommandExecutor, command_socket
+from vvupipe.workers.worker_memory import Table, WorkerMemory
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +46,12 @@ class DeviceKernel(Protocol):
         loop: npt.NDArray[np.void],
         rings: npt.NDArray[np.void],
         pollfds: npt.NDArray[np.void],
-        regions: npt.NDArray[np.uint64],
-        segments: npt.NDArray[np.uint64],
+        regions: Table,
+        memory: Table,
+        segments: Table,
+        copied: Table,
     ) -> None:
-        """Run the device's kernel until a command waits."""
+        """Run the device's kernel until a command waits (blk_worker.serve says what the arrays are)."""
 
     def command(self, fields: commands.Fields) -> None:
         """A command of the device's own. Raises: WorkerError when it is unknown."""
@@ -70,10 +74,15 @@ class Worker(CommandExecutor):
     def __init__(self, sock: socket.socket, device: DeviceKernel) -> None:
         super().__init__(sock)
         self._device = device
-        self._mappings: list[Mapping] = []
-        self._regions: npt.NDArray[np.uint64] = np.zeros((0, 4), np.uint64)
+        self._memory = WorkerMemory()
         self._addresses: dict[int, tuple[int, int, int]] = {}
-        self._segments = np.zeros((SEGMENTS_MAX, 2), np.uint64)
+        self._to_resume: dict[int, int] = {}  # vring -> base, of those whose memory was not looked at yet
+        self._resubmit: dict[int, npt.NDArray[np.int64]] = {}
+        self._inflight: dict[int, Mapping] = {}
+        self._log_fd = -1
+        # The second half keeps what a request writes, for the dirty-page log.
+        self._segments = np.zeros((2 * SEGMENTS_MAX, 2), np.uint64)
+        self._copied = np.zeros((QUEUE_SIZE_MAX, 2), np.uint64)
         self._scratch = np.zeros(8, np.uint64)
         self._one = np.ones(1, np.uint64)
         self._loop = np.zeros(1, worker_loop.LOOP)
@@ -87,7 +96,15 @@ class Worker(CommandExecutor):
             self._loop["attention_seen"] = self._block.workers["attention"][self._index]
             if not self.take_commands():
                 return
-            self._device.serve(self._loop[0], self._rings, self._pollfds, self._regions, self._segments)
+            self._serve()
+
+    def _serve(self) -> None:
+        # Who has an IOTLB has it for every vring: the feature is the device's.
+        translated = bool(np.any(self._rings["iotlb"]))
+        regions = self._memory.translations if translated else self._memory.table
+        self._device.serve(
+            self._loop[0], self._rings, self._pollfds, regions, self._memory.table, self._segments, self._copied
+        )
 
     def _do_open(self, fields: commands.Fields, fds: list[int]) -> None:
         self._index = int(fields["worker"])
@@ -97,7 +114,7 @@ class Worker(CommandExecutor):
         address = self._block.worker_address(self._index)
         self._install_bus_error_handler(address)
         self._rings = np.zeros(num_vrings, RING)
-        for name in ("kick_fd", "call_fd", "err_fd"):
+        for name in ("kick_fd", "call_fd", "err_fd", "log_fd"):
             self._rings[name] = -1
         self._rings["index"] = np.arange(num_vrings)
         self._rings["record"] = [self._block.vring_address(k) for k in range(num_vrings)]
@@ -109,12 +126,13 @@ class Worker(CommandExecutor):
         loop["record"] = address
         loop["scratch"] = self._scratch.ctypes.data
         loop["one"] = self._one.ctypes.data
+        loop["notice_fd"] = fds.pop(0)
         loop["spin_max_ns"] = loop["spin_ns"] = int(fields["spin_max_ns"])
         loop["bus_errors_seen"] = self._block.workers["bus_errors"][self._index]
         self._device.open(fields["device"], fds, address)
         # Compile, or load from the cache, now rather than at the first request: one turn with nothing to do.
         self._loop["attention_seen"] = self._block.workers["attention"][self._index] - np.uint32(1)
-        self._device.serve(self._loop[0], self._rings, self._pollfds, self._regions, self._segments)
+        self._serve()
 
     def _install_bus_error_handler(self, worker_address: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -131,74 +149,136 @@ class Worker(CommandExecutor):
         if libc.sigaction(bus_error.SIGBUS, ctypes.byref(action), None):
             raise OSError(ctypes.get_errno(), "no handler for SIGBUS")
 
+    def _do_map(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Map regions for the table that comes next."""
+        self._memory.map(fields, fds)
+
     def _do_memory(self, fields: commands.Fields, fds: list[int]) -> None:
         """Replace the memory table; rings that run go on at their new addresses."""
-        old, self._mappings = self._mappings, []
-        rows = []
-        try:
-            for (gpa, size_bytes, uva, fd_offset), fd in zip(fields["regions"], fds, strict=True):
-                mapping = Mapping(fd, size_bytes, fd_offset)
-                self._mappings.append(mapping)
-                rows.append((gpa, size_bytes, mapping.address, uva))
-        except (OSError, ValueError) as error:
-            for mapping in self._mappings:
-                mapping.close()
-            self._mappings = old
-            raise WorkerError(f"cannot map the front-end's memory: {error}") from error
-        self._regions = np.array(rows, np.uint64).reshape(-1, 4)
-        for index in np.flatnonzero(self._rings["state"] == layout.VRING_RUNNING):
-            self._place(int(index))
-        for mapping in old:
+        unused = self._memory.set_table(fields)
+        self._place_again()
+        for mapping in unused:
             mapping.close()
+
+    def _do_iotlb(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Change translations; rings that waited for one look again."""
+        self._memory.change_translations(fields)
+        self._place_again()
+
+    def _place_again(self) -> None:
+        for index in np.flatnonzero(self._rings["state"] == layout.VRING_RUNNING):
+            self._enter(int(index))
+        for index in np.flatnonzero(self._rings["state"] == layout.VRING_WAITING):
+            self._enter(int(index))
 
     def _place(self, index: int) -> int:
         ring = self._rings[index]
-        status = split_ring.place_ring(ring, self._regions, *(np.uint64(part) for part in self._addresses[index]))
-        if status != OK:
+        parts = (np.uint64(part) for part in self._addresses[index])
+        return int(vring.place_ring(ring, self._memory.table, self._memory.translations, *parts))
+
+    def _enter(self, index: int) -> int:
+        """Place a ring and run it; it waits when a translation is lacking, and breaks when it cannot be placed."""
+        ring = self._rings[index]
+        status = self._place(index)
+        if status == OK and index in self._to_resume:
+            status = self._resume(index)
+        if status == OK:
+            if ring["state"] != layout.VRING_RUNNING:
+                vring.set_state(ring, layout.VRING_RUNNING)
+        elif status == MISS:
+            vring.set_state(ring, layout.VRING_WAITING)
+            os.eventfd_write(int(self._loop["notice_fd"][0]), 1)
+        else:
             ring["error"] = status
-            split_ring.set_state(ring, layout.VRING_BROKEN)
+            vring.set_state(ring, layout.VRING_BROKEN)
             if ring["err_fd"] >= 0:
                 os.eventfd_write(int(ring["err_fd"]), 1)
+        return status
+
+    def _resume(self, index: int) -> int:
+        """Find where the ring stands, which takes its memory."""
+        ring = self._rings[index]
+        heads = np.zeros(int(ring["size"]), np.int64)
+        counters = np.zeros(int(ring["size"]), np.uint64)
+        status, count = vring.resume(ring, np.uint16(self._to_resume[index]), heads, counters)
+        if status == OK:
+            self._resubmit[index] = heads[:count][np.argsort(counters[:count], kind="stable")]
+            ring["resubmit"] = self._resubmit[index].ctypes.data
+            vring.publish(ring, np.uint64(self._one.ctypes.data))
+            del self._to_resume[index]
         return int(status)
 
     def _do_start(self, fields: commands.Fields, fds: list[int]) -> commands.Fields:
         index = int(fields["index"])
         ring = self._rings[index]
-        if ring["state"] == layout.VRING_RUNNING:
-            return {"last_avail_idx": int(ring["last_avail_idx"])}  # given to us already when we took over
+        if ring["state"] in (layout.VRING_RUNNING, layout.VRING_WAITING):
+            return self._position(index)  # given to us already when we took over
         self._close_fds(index)
         for name in ("kick_fd", "call_fd", "err_fd"):
             ring[name] = fds.pop(0) if fields[name] else -1
         if ring["kick_fd"] >= 0:
             os.set_blocking(int(ring["kick_fd"]), False)
-        for name in ("size", "event_idx", "indirect", "write_through"):
+        for name in ("size", "packed", "iotlb", "event_idx", "indirect", "write_through", "log_used", "log_gpa"):
             ring[name] = int(fields[name])
         record = self._block.vrings[index]
         for name in ("requests", "errors", "read_bytes", "written_bytes", "flushes", "kicks", "calls"):
             ring[name] = record[name]
-        ring["error"] = 0
+        ring["error"] = ring["inflight"] = 0
+        ring["last_avail_idx"] = ring["used_idx"] = fields["base"]
+        if fields["inflight_bytes"]:
+            self._inflight[index] = Mapping(fds[0], int(fields["inflight_bytes"]), int(fields["inflight_offset"]))
+            ring["inflight"] = self._inflight[index].address
         self._addresses[index] = (fields["desc_uva"], fields["avail_uva"], fields["used_uva"])
-        status = self._place(index)
-        if status != OK:
-            raise WorkerError(f"vring {index}: {TEXT.get(status, TEXT[ERR_RING_ADDRESS])}")
-        # Requests complete in order, so the used ring says where the last one who served it had got to; a base that
-        # differs comes from a back-end that was killed, and what it left undone is done again.
-        used_idx = split_ring.read_used_idx(ring)
-        ring["used_idx"] = ring["last_avail_idx"] = ring["signalled_idx"] = used_idx
+        self._to_resume[index] = int(fields["base"])
         # Whoever served it before may have died between the used ring and the call.
         ring["signalled_valid"] = int(not fields["takes_over"])
-        split_ring.publish(ring)
-        split_ring.set_state(ring, layout.VRING_RUNNING)
-        return {"last_avail_idx": int(used_idx)}
+        status = self._enter(index)
+        if status not in (OK, MISS):
+            self._to_resume.pop(index, None)
+            raise WorkerError(f"vring {index}: {TEXT.get(status, TEXT[ERR_RING_ADDRESS])}")
+        return self._position(index)
+
+    def _position(self, index: int) -> commands.Fields:
+        ring = self._rings[index]
+        return {
+            "last_avail_idx": int(ring["last_avail_idx"]),
+            "again": int(ring["resubmit_count"] - ring["resubmit_next"]),
+            "waits": bool(ring["state"] == layout.VRING_WAITING),
+        }
 
     def _do_stop(self, fields: commands.Fields, fds: list[int]) -> commands.Fields:
         index = int(fields["index"])
         ring = self._rings[index]
         if ring["state"] == layout.VRING_RUNNING:
-            split_ring.want_kicks(ring)
-        split_ring.set_state(ring, layout.VRING_STOPPED)
+            vring.want_kicks(ring)
+        vring.set_state(ring, layout.VRING_STOPPED)
         self._close_fds(index)
+        self._to_resume.pop(index, None)
+        ring["iotlb"] = ring["inflight"] = ring["resubmit_count"] = ring["resubmit_next"] = 0
+        if mapping := self._inflight.pop(index, None):
+            mapping.close()
         return {"last_avail_idx": int(ring["last_avail_idx"])}
+
+    def _do_write_through(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Whether writes go to the disk before they complete, for every ring from here on."""
+        self._rings["write_through"] = int(fields["on"])
+
+    def _do_log(self, fields: commands.Fields, fds: list[int]) -> None:
+        """The dirty-page log of every ring; its eventfd is the second file, if there is one."""
+        self._rings["log_bytes"] = 0
+        address, size_bytes = self._memory.map_log(fields, fds)
+        if self._log_fd >= 0:
+            os.close(self._log_fd)
+        self._log_fd = fds.pop(1) if len(fds) > 1 else -1
+        self._rings["log_address"] = address
+        self._rings["log_bytes"] = size_bytes
+        self._rings["log_fd"] = self._log_fd
+
+    def _do_log_used(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Whether and where one ring's used ring is logged."""
+        ring = self._rings[int(fields["index"])]
+        ring["log_used"] = int(fields["on"])
+        ring["log_gpa"] = int(fields["gpa"])
 
     def _do_eventfd(self, fields: commands.Fields, fds: list[int]) -> None:
         """Replace one of a ring's eventfds while it may be running."""

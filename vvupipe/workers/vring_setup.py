@@ -12,7 +12,9 @@ from vvupipe.memory.doorbell import Doorbell
 class VringSetup:
     """A vring as the front-end described it. The holder owns the eventfds.
 
-    kick_fd: -1 when the ring is to be polled.
+    desc, avail, used: front-end user addresses, driver addresses with an IOTLB. base: where to start when neither the
+    ring nor an inflight region tells. kick_fd: -1 when the ring is to be polled. inflight_fd: the file of the inflight
+    region (-1: none), in which this vring's part has `inflight_bytes` from `inflight_offset` on.
     """
 
     index: int
@@ -23,6 +25,14 @@ class VringSetup:
     event_idx: bool
     indirect: bool
     write_through: bool
+    packed: bool = False
+    iotlb: bool = False
+    base: int = 0
+    log_used: bool = False
+    log_gpa: int = 0
+    inflight_offset: int = 0
+    inflight_bytes: int = 0
+    inflight_fd: int = -1
     kick_fd: int = -1
     call: Doorbell | None = None
     err: Doorbell | None = None
@@ -38,29 +48,21 @@ class VringSetup:
             "event_idx": int(self.event_idx),
             "indirect": int(self.indirect),
             "write_through": int(self.write_through),
+            "packed": int(self.packed),
+            "iotlb": int(self.iotlb),
+            "base": self.base,
+            "log_used": int(self.log_used),
+            "log_gpa": self.log_gpa,
+            "inflight_offset": self.inflight_offset,
+            "inflight_bytes": self.inflight_bytes,
         }
 
-    def duplicate(self) -> VringSetup:
-        """A copy with eventfds of its own."""
-        return VringSetup(
-            self.index,
-            self.size,
-            self.desc_uva,
-            self.avail_uva,
-            self.used_uva,
-            self.event_idx,
-            self.indirect,
-            self.write_through,
-            os.dup(self.kick_fd) if self.kick_fd >= 0 else -1,
-            Doorbell(os.dup(self.call.fd)) if self.call else None,
-            Doorbell(os.dup(self.err.fd)) if self.err else None,
-        )
-
     def close(self) -> None:
-        """Close the eventfds."""
-        if self.kick_fd >= 0:
-            os.close(self.kick_fd)
-            self.kick_fd = -1
+        """Close the eventfds and the inflight region's file."""
+        for name in ("kick_fd", "inflight_fd"):
+            if getattr(self, name) >= 0:
+                os.close(getattr(self, name))
+                setattr(self, name, -1)
         for doorbell in (self.call, self.err):
             if doorbell:
                 doorbell.close()

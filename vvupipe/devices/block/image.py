@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernels.virtio_layout import BLK_ID_BYTES, SECTOR_BYTES
+from vvupipe.devices.block import image_limits, image_lock
+from vvupipe.devices.block.image_limits import ImageLimits
 from vvupipe.errors import UserError
 from vvupipe.units import human_bytes
 
@@ -25,6 +28,8 @@ class Image:
     block_size_bytes: int
     read_only: bool
     serial: str
+    limits: ImageLimits
+    direct: bool = False
 
     def current_size_bytes(self) -> int:
         """The size that the file has now."""
@@ -37,18 +42,28 @@ class Image:
             self.fd = -1
 
 
-def open_image(path: Path, *, read_only: bool, block_size_bytes: int, serial: str | None) -> Image:
-    """Open `path` as a disk of whole blocks.
+def open_image(
+    path: Path,
+    *,
+    read_only: bool,
+    block_size_bytes: int | None = None,
+    serial: str | None = None,
+    direct: bool = False,
+    lock: bool = True,
+) -> Image:
+    """Open `path` as a disk of whole blocks. block_size_bytes: None takes 512, or what O_DIRECT needs.
 
     Raises: UserError with one line that says what is wrong with the file or the numbers.
     """
-    if block_size_bytes not in BLOCK_SIZES:
+    if block_size_bytes is not None and block_size_bytes not in BLOCK_SIZES:
         raise UserError(f"--block-size {block_size_bytes}: use one of {', '.join(map(str, BLOCK_SIZES))}")
     if serial is not None and (len(serial.encode()) > BLK_ID_BYTES or not serial.isascii()):
         raise UserError(f"--serial '{serial}': at most {BLK_ID_BYTES} ASCII characters")
     try:
-        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | (os.O_DIRECT if direct else 0) | os.O_CLOEXEC)
     except OSError as error:
+        if direct and error.errno == errno.EINVAL:
+            raise UserError(f"{path}: its file system has no direct I/O: leave --direct away") from error
         raise UserError(_why_not(path, error, read_only)) from error
     try:
         mode = os.fstat(fd).st_mode
@@ -57,6 +72,7 @@ def open_image(path: Path, *, read_only: bool, block_size_bytes: int, serial: st
         size_bytes = os.lseek(fd, 0, os.SEEK_END)
         if size_bytes == 0:
             raise UserError(f"{path} is empty: give it a size first (truncate -s 1G {path})")
+        block_size_bytes = _block_size(path, fd, block_size_bytes, direct=direct)
         if size_bytes % block_size_bytes:
             rounded = size_bytes - size_bytes % block_size_bytes + block_size_bytes
             raise UserError(
@@ -64,10 +80,24 @@ def open_image(path: Path, *, read_only: bool, block_size_bytes: int, serial: st
                 f"{block_size_bytes}: pad it (truncate -s {rounded} {path})"
                 + (" or use --block-size 512" if block_size_bytes > SECTOR_BYTES else "")
             )
+        if lock:
+            image_lock.lock(fd, path, read_only=read_only)
+        limits = image_limits.probe(fd, read_only=read_only)
     except BaseException:
         os.close(fd)
         raise
-    return Image(path, fd, size_bytes, block_size_bytes, read_only, serial or _default_serial(path))
+    return Image(path, fd, size_bytes, block_size_bytes, read_only, serial or _default_serial(path), limits, direct)
+
+
+def _block_size(path: Path, fd: int, wanted: int | None, *, direct: bool) -> int:
+    if not direct:
+        return wanted or SECTOR_BYTES
+    needed = image_limits.direct_alignment(fd)
+    if needed == 0:
+        raise UserError(f"{path}: direct I/O does not work on it: leave --direct away")
+    if wanted is not None and wanted < needed:
+        raise UserError(f"{path}: direct I/O takes blocks of {needed} bytes here: use --block-size {needed}")
+    return wanted or needed
 
 
 def _why_not(path: Path, error: OSError, read_only: bool) -> str:

@@ -1,0 +1,117 @@
+"""What a pool's workers must know of the front-end's memory: regions, translations, the dirty-page log."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+
+from vvupipe.memory.iotlb import Iotlb, Translation
+from vvupipe.memory.region import MemoryRegion
+from vvupipe.workers import commands
+
+_FDS_IN_ONE_COMMAND = commands.FDS_MAX - 4
+_TRANSLATIONS_IN_ONE_COMMAND = 512
+
+Command = tuple[commands.Fields, list[int]]
+
+
+class PoolMemory:
+    """Owns the fds. Every region has a number for life, so that a table names those that are mapped already."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._regions: dict[int, MemoryRegion] = {}  # what workers have mapped, or are about to
+        self._table: list[int] = []
+        self.iotlb = Iotlb()
+        self._log_fds: list[int] = []
+        self._log: commands.Fields = {"op": "log", "size_bytes": 0, "offset": 0}
+
+    def add(self, regions: Iterable[MemoryRegion]) -> tuple[list[int], list[Command]]:
+        """Take over `regions`, those that we have already included. Their numbers, and how workers map the new."""
+        known = {id(region): number for number, region in self._regions.items()}
+        numbers = []
+        new = []
+        for region in regions:
+            number = known.get(id(region))
+            if number is None:
+                number = next(self._numbers)
+                self._regions[number] = region
+                new.append(number)
+            numbers.append(number)
+        return numbers, list(self._map(new))
+
+    def use(self, numbers: list[int]) -> Command:
+        """Make `numbers` the table: the command that tells workers. `drop_unused` comes when they have it."""
+        self._table = numbers
+        return self._use()
+
+    def drop_unused(self) -> None:
+        """Close the regions that are not in the table."""
+        for number in self._regions.keys() - set(self._table):
+            self._regions.pop(number).close()
+
+    def set_log(self, fd: int, size_bytes: int, offset: int) -> Command:
+        """The dirty-page log; -1 and 0: none. The fd belongs to us from here on."""
+        event = self._log_fds[1:] if len(self._log_fds) > 1 else []
+        return self._change_log(fd, event[0] if event else -1, size_bytes, offset)
+
+    def set_log_event(self, fd: int) -> Command:
+        """The eventfd that tells of news in the log; -1: none. It belongs to us from here on."""
+        log = os.dup(self._log_fds[0]) if self._log_fds else -1
+        return self._change_log(log, fd, self._log["size_bytes"], self._log["offset"], keep_event=False)
+
+    def _change_log(self, fd: int, event: int, size_bytes: int, offset: int, *, keep_event: bool = True) -> Command:
+        for old in self._log_fds[:1] + ([] if keep_event else self._log_fds[1:]):
+            os.close(old)
+        if fd < 0 and event >= 0:
+            os.close(event)  # without a log there is nothing to tell
+            event = -1
+        self._log_fds = [each for each in (fd, event) if each >= 0]
+        self._log = {"op": "log", "size_bytes": size_bytes if fd >= 0 else 0, "offset": offset}
+        return self._log, self._log_fds
+
+    def commands(self) -> list[Command]:
+        """Everything, for a worker that is new."""
+        everything = list(self._map(list(self._regions)))
+        if self._table:
+            everything.append(self._use())
+        entries = [(entry.iova, entry.size_bytes, entry.uva, entry.access) for entry in self.iotlb]
+        for start in range(0, len(entries), _TRANSLATIONS_IN_ONE_COMMAND):
+            part = entries[start : start + _TRANSLATIONS_IN_ONE_COMMAND]
+            everything.append(({"op": "iotlb", "update": part}, []))
+        if self._log_fds:
+            everything.append((self._log, self._log_fds))
+        return everything
+
+    def change_translations(self, invalidate: list[tuple[int, int]], update: list[Translation]) -> Command:
+        """Forget ranges, then add translations: the command that tells workers."""
+        for iova, size_bytes in invalidate:
+            self.iotlb.invalidate(iova, size_bytes)
+        for entry in update:
+            self.iotlb.update(entry)
+        rows = [(entry.iova, entry.size_bytes, entry.uva, entry.access) for entry in update]
+        return {"op": "iotlb", "invalidate": invalidate, "update": rows}, []
+
+    def forget_translations(self) -> Command:
+        """Forget all of them."""
+        self.iotlb.clear()
+        return {"op": "iotlb", "clear": True}, []
+
+    def close(self) -> None:
+        """Close every fd."""
+        self._table = []
+        self.drop_unused()
+        while self._log_fds:
+            os.close(self._log_fds.pop())
+
+    def _map(self, numbers: list[int]) -> Iterator[Command]:
+        for start in range(0, len(numbers), _FDS_IN_ONE_COMMAND):
+            part = numbers[start : start + _FDS_IN_ONE_COMMAND]
+            regions = [self._regions[number] for number in part]
+            rows = [(number, region.size_bytes, region.fd_offset) for number, region in zip(part, regions, strict=True)]
+            yield {"op": "map", "regions": rows}, [region.fd for region in regions]
+
+    def _use(self) -> Command:
+        rows = [(number, self._regions[number].gpa, self._regions[number].uva) for number in self._table]
+        return {"op": "memory", "regions": rows}, []
