@@ -21,6 +21,8 @@ VARIANTS = {
     "indirect": (None, True),
     "no event_idx": (PLAIN | fe.F_INDIRECT, True),
     "plain": (PLAIN, False),
+    "packed": (PLAIN | fe.F_INDIRECT | fe.F_EVENT_IDX | fe.F_PACKED, False),
+    "packed indirect": (PLAIN | fe.F_INDIRECT | fe.F_PACKED | fe.F_IN_ORDER, True),
     "write-through": (fe.F_VERSION_1 | fe.F_PROTOCOL_FEATURES, False),
 }
 

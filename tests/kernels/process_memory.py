@@ -3,6 +3,7 @@
 import numpy as np
 
 from kernels import control_block as cb
+from kernels.regions import ACCESS_BOTH, COLUMNS
 from kernels.ring_record import RING
 
 
@@ -17,11 +18,11 @@ class ProcessMemory:
         rows = []
         for (gpa, size), piece in zip(layout, self.pieces, strict=True):
             address = piece.ctypes.data
-            rows.append((gpa, size, address + -address % 64, gpa + self.UVA_BASE))
-        self.regions = np.array(rows, np.uint64).reshape(-1, 4)
+            rows.append((gpa, size, address + -address % 64, gpa + self.UVA_BASE, ACCESS_BOTH))
+        self.regions = np.array(rows, np.uint64).reshape(-1, COLUMNS)
 
     def address(self, gpa):
-        for base, size, address, _ in self.regions.tolist():
+        for base, size, address, _, _ in self.regions.tolist():
             if base <= gpa < base + size:
                 return address + gpa - base
         raise KeyError(hex(gpa))

@@ -14,7 +14,7 @@ from tests.kernels.process_memory import ProcessMemory, new_ring
 NEXT, WRITE, INDIRECT = 1, 2, 4
 LAYOUT = [(0x10000, 0x4000), (0x14000, 0x2000), (0x40000, 0x3000)]
 DESC, TABLES = 0x10000, 0x11000
-SEGMENTS = np.zeros((SEGMENTS_MAX, 2), np.uint64)
+SEGMENTS = np.zeros((2 * SEGMENTS_MAX, 2), np.uint64)
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -23,7 +23,7 @@ def model_pieces(memory, gpa, length):
     """The segments of one buffer: [(address, length)], address 0 where it leaves guest memory."""
     pieces = []
     while length:
-        for base, size, address, _ in memory.regions.tolist():
+        for base, size, address, _, _ in memory.regions.tolist():
             if base <= gpa < base + size:
                 part = min(length, base + size - gpa)
                 pieces.append((address + gpa - base, part))

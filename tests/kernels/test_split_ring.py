@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import control_block as cb
-from kernels import split_ring, status
+from kernels import split_ring, status, vring
 from tests.kernels.process_memory import ProcessMemory, new_ring
 
 DESC, AVAIL, USED = 0x10000, 0x11000, 0x12000
@@ -51,15 +51,15 @@ def test_count_available(last, ahead):
 def test_used_elements_land_where_the_driver_looks(start, heads):
     memory = ProcessMemory([(0x10000, 0x4000)])
     rings, record = new_ring(memory, 8, DESC, AVAIL, USED)
-    rings["last_avail_idx"] = rings["used_idx"] = start
+    rings["used_idx"] = start
     memory.write(USED + 2, struct.pack("<H", start))
     for head in heads:
         split_ring.put_used(rings[0], head, np.uint64(head + 100))
     assert struct.unpack("<H", memory.read(USED + 2, 2)) == (start,), "nothing shows before publish"
-    split_ring.publish(rings[0])
+    vring.publish(rings[0], np.uint64(ONE.ctypes.data))
     end = (start + len(heads)) & 0xFFFF
     assert struct.unpack("<H", memory.read(USED + 2, 2)) == (end,)
-    assert (record["last_avail_idx"][0], record["used_idx"][0]) == (end, end)
+    assert record["used_idx"][0] == end
     for offset, head in enumerate(heads):
         slot = (start + offset) % 8
         assert struct.unpack("<II", memory.read(USED + 4 + 8 * slot, 8)) == (head, head + 100)
@@ -124,12 +124,12 @@ def test_place_ring(size, desc, avail, used, expected):
     rings, _ = new_ring(memory, 8, DESC, AVAIL, USED)
     rings["size"] = size
     parts = [np.uint64(part + ProcessMemory.UVA_BASE) for part in (desc, avail, used)]
-    assert split_ring.place_ring(rings[0], memory.regions, *parts) == expected
+    assert vring.place_ring(rings[0], memory.regions, memory.regions, *parts) == expected
 
 
 def test_broken_state_shows_in_the_control_block():
     memory = ProcessMemory([(0x10000, 0x4000)])
     rings, record = new_ring(memory, 8, DESC, AVAIL, USED)
     rings["error"] = status.ERR_AVAIL_IDX
-    split_ring.set_state(rings[0], cb.VRING_BROKEN)
+    vring.set_state(rings[0], cb.VRING_BROKEN)
     assert (record["state"][0], record["error"][0]) == (cb.VRING_BROKEN, status.ERR_AVAIL_IDX)

@@ -3,8 +3,9 @@
 import contextlib
 
 from tests.mock.driver_ring import DriverRing
-from tests.mock.frontend import F_EVENT_IDX, NOT_BY_DEFAULT, Frontend
+from tests.mock.frontend import F_EVENT_IDX, F_PACKED, NOT_BY_DEFAULT, Frontend
 from tests.mock.guest_memory import GuestMemory
+from tests.mock.packed_ring import PackedRing
 
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -63,9 +64,10 @@ def started_disk(path, features=None, size=16, indirect=False, memory=None, inde
     try:
         offered, _ = frontend.negotiate(features)
         taken = offered & ~NOT_BY_DEFAULT if features is None else features
-        ring = DriverRing(memory, size, event_idx=bool(taken & F_EVENT_IDX))
+        kind = PackedRing if taken & F_PACKED else DriverRing
+        ring = kind(memory, size, event_idx=bool(taken & F_EVENT_IDX))
         frontend.set_memory(memory)
-        frontend.start_vring(index, ring)
+        frontend.start_vring(index, ring, PackedRing.START if taken & F_PACKED else 0)
         yield frontend, BlkDriver(ring, indirect)
         ring.close()
     finally:

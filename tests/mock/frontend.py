@@ -16,6 +16,13 @@ SET_VRING_ENABLE, GET_CONFIG, SET_CONFIG = 18, 24, 25
 MQ, REPLY_ACK, CONFIG = 1 << 0, 1 << 3, 1 << 9
 F_PROTOCOL_FEATURES, F_EVENT_IDX, F_INDIRECT, F_VERSION_1 = 1 << 30, 1 << 29, 1 << 28, 1 << 32
 F_BLK_RO, F_BLK_FLUSH, F_BLK_MQ = 1 << 5, 1 << 9, 1 << 12
+SET_LOG_BASE, SET_LOG_FD, SET_BACKEND_REQ_FD, IOTLB_MSG = 6, 7, 21, 22
+GET_INFLIGHT_FD, SET_INFLIGHT_FD, RESET_DEVICE, VRING_KICK = 31, 32, 34, 35
+GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG, SET_STATUS, GET_STATUS = 36, 37, 38, 39, 40
+SET_DEVICE_STATE_FD, CHECK_DEVICE_STATE = 42, 43
+LOG_SHMFD, BACKEND_REQ, INFLIGHT_SHMFD, RESET_DEVICE_F = 1 << 1, 1 << 5, 1 << 12, 1 << 13
+INBAND, MEM_SLOTS, STATUS, DEVICE_STATE = 1 << 14, 1 << 15, 1 << 16, 1 << 19
+CHANNEL_IOTLB, CHANNEL_CONFIG_CHANGE, CHANNEL_CALL, CHANNEL_ERR = 1, 2, 4, 5
 F_LOG_ALL, F_ACCESS_PLATFORM, F_PACKED, F_IN_ORDER = 1 << 26, 1 << 33, 1 << 34, 1 << 35
 F_BLK_CONFIG_WCE, F_BLK_DISCARD, F_BLK_WRITE_ZEROES = 1 << 11, 1 << 13, 1 << 14
 NOT_BY_DEFAULT = F_LOG_ALL | F_ACCESS_PLATFORM | F_PACKED  # what changes how everything else is said
@@ -23,6 +30,27 @@ NOT_BY_DEFAULT = F_LOG_ALL | F_ACCESS_PLATFORM | F_PACKED  # what changes how ev
 
 class Refused(Exception):
     """The back-end answered REPLY_ACK with something other than zero."""
+
+
+class ChannelEnd:
+    """The front-end's end of the back-end channel."""
+
+    def __init__(self, sock):
+        self.sock = sock
+
+    def receive(self):
+        """(request, flags, payload) of the back-end's next request."""
+        data = self.sock.recv(HEADER.size, socket.MSG_WAITALL)
+        if len(data) < HEADER.size:
+            raise ConnectionResetError("the back-end closed its channel")
+        request, flags, size = HEADER.unpack(data)
+        return request, flags, self.sock.recv(size, socket.MSG_WAITALL) if size else b""
+
+    def acknowledge(self, request, code=0):
+        self.sock.sendall(HEADER.pack(request, 1 | REPLY, 8) + struct.pack("=Q", code))
+
+    def close(self):
+        self.sock.close()
 
 
 class Frontend:
@@ -60,6 +88,24 @@ class Frontend:
     def receive(self):
         request, flags, size = HEADER.unpack(self._exactly(HEADER.size))
         return request, flags, self._exactly(size)
+
+    def ask_for_fd(self, request, payload):
+        """A request whose answer brings a file: (payload, fd)."""
+        self.send(request, payload)
+        data, fds, _, _ = socket.recv_fds(self.sock, HEADER.size, 8)
+        answered, flags, size = HEADER.unpack(data)
+        assert (answered, flags) == (request, 1 | REPLY)
+        body = self._exactly(size)
+        assert len(fds) == 1
+        return body, fds[0]
+
+    def open_channel(self):
+        """SET_BACKEND_REQ_FD; our end, which `ChannelEnd` reads."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.tell(SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+        ours.settimeout(20)
+        return ChannelEnd(ours)
 
     def ask(self, request, payload=b"", fds=()):
         """A request that has an answer of its own."""

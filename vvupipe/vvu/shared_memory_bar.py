@@ -60,6 +60,8 @@ class SharedMemoryBar:
         for region in regions:
             memory[_key(region)] = MappableArea(offset, region.size_bytes, region.fd, region.fd_offset)
             offset += region.size_bytes
+        if len(memory) < len(regions):
+            raise ProtocolError("a memory table with the same region twice")
         return Plan(memory, self._now.extras)
 
     def plan_slot(self, region: MemoryRegion) -> tuple[Plan, int]:

@@ -100,4 +100,5 @@ def test_fds_are_taken_once_and_the_rest_is_closed():
 
 def test_every_request_has_the_specification_s_number():
     assert (wire.Request.GET_FEATURES, wire.Request.SET_VRING_ENABLE, wire.Request.GET_STATUS) == (1, 18, 40)
-    assert sorted(wire.Request) == list(range(1, 41))
+    assert sorted(wire.Request) == list(range(1, 45))
+    assert sorted(wire.BackendRequest) == list(range(1, 11))

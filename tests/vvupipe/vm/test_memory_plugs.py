@@ -7,7 +7,7 @@ import os
 import pytest
 
 from vvupipe.errors import ProtocolError
-from vvupipe.memory.region import MemoryRegion
+from vvupipe.vfio.function import MappableArea
 from vvupipe.vm import memory_plugs
 from vvupipe.vm.memory_plugs import MemoryPlugs, Window
 from vvupipe.vm.qemu_monitor import QemuRefused
@@ -201,8 +201,8 @@ def test_what_qemu_refuses_leaves_nothing(qemu, memfd, command):
     run(test)
 
 
-def region(gpa, size, fd, offset):
-    return MemoryRegion(gpa, size, gpa, os.dup(fd), offset)
+def area(bar_offset, size, fd, offset):
+    return MappableArea(bar_offset, size, os.dup(fd), offset)
 
 
 def test_pieces_of_the_pool_and_of_windows(qemu, memfd):
@@ -212,9 +212,9 @@ def test_pieces_of_the_pool_and_of_windows(qemu, memfd):
         memory = SiblingMemory(plugs, pool, 0x10)
         fd = memfd(3 * MIB, sealed=True)
         regions = [
-            region(0, 64 * MIB, pool.fd, 0),
-            region(1 << 32, 3 * MIB - 4096, fd, 4096),
-            region(1 << 33, MIB, pool.fd, 64 * MIB),
+            area(0, 64 * MIB, pool.fd, 0),
+            area(64 * MIB, 3 * MIB - 4096, fd, 4096),
+            area(67 * MIB - 4096, MIB, pool.fd, 64 * MIB),
         ]
         assert await memory.place(regions) == [
             Piece(0, 64 * MIB, 0, layout.WINDOW_ON_BUS, 0x10),
@@ -237,8 +237,8 @@ def test_a_table_that_cannot_be_shown_leaves_the_former_one(qemu, memfd):
         pool = MemoryPool("test", 0, 1 << 30)
         plugs = MemoryPlugs(qemu, (7, 2, 0), PORTS)
         memory = SiblingMemory(plugs, pool, 0x10)
-        good, sealed = region(0, MIB, memfd(MIB), 0), region(0, 3 * MIB, memfd(3 * MIB, sealed=True), 0)
-        new = region(1 << 32, 2 * MIB, memfd(2 * MIB), 0)
+        good, sealed = area(0, MIB, memfd(MIB), 0), area(2 * MIB, 3 * MIB, memfd(3 * MIB, sealed=True), 0)
+        new = area(0, 2 * MIB, memfd(2 * MIB), 0)
         pieces = await memory.place([good])
         with pytest.raises(ProtocolError, match="no power of two"):
             await memory.place([new, sealed])

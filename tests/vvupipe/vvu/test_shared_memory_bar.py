@@ -17,7 +17,7 @@ def region(size, content, fd_offset=0):
 @pytest.fixture
 def bar():
     bar = SharedMemoryBar(1 << 20)
-    bar.fill([region(8192, b"first"), region(4096, b"second", 4096)])
+    bar.commit(bar.plan_table([region(8192, b"first"), region(4096, b"second", 4096)]))
     yield bar
     bar.clear()
 
@@ -48,7 +48,7 @@ def test_more_than_fits_is_refused_and_the_former_stays(bar):
     large = region(1 << 20, b"x")
     extra = region(4096, b"y")
     with pytest.raises(ProtocolError, match="do not fit"):
-        bar.fill([large, extra])
+        bar.plan_table([large, extra])
     assert bar.read(0, 5) == b"first"
     large.close()
     extra.close()
@@ -57,7 +57,45 @@ def test_more_than_fits_is_refused_and_the_former_stays(bar):
 def test_filling_again_closes_the_former_fds(bar):
     old = [area.fd for area in bar.areas]
     inodes = [os.fstat(fd).st_ino for fd in old]
-    bar.fill([region(4096, b"new")])
+    bar.commit(bar.plan_table([region(4096, b"new")]))
     open_inodes = [os.stat(f"/proc/self/fd/{fd}").st_ino for fd in old if os.path.exists(f"/proc/self/fd/{fd}")]
     assert not set(inodes) & set(open_inodes)
     assert bar.read(0, 3) == b"new"
+
+
+def test_slots_come_and_go(bar):
+    slot = region(4096, b"slot")
+    plan, offset = bar.plan_slot(slot)
+    assert offset == 12288, "behind the table"
+    bar.commit(plan)
+    assert bar.read(offset, 4) == b"slot"
+    with pytest.raises(ProtocolError, match="already"):
+        bar.plan_slot(region(4096, b"same place"))
+    key = (slot.gpa, slot.uva, slot.size_bytes)
+    bar.commit(bar.plan_removal(key))
+    assert bar.read(offset, 4) == bytes(4)
+    with pytest.raises(ProtocolError, match="no memory slot"):
+        bar.plan_removal(key)
+
+
+def test_what_is_no_guest_memory_stays_when_the_table_changes(bar):
+    log = region(4096, b"log", 100)
+    plan, offset = bar.plan_extra("log", log.fd, 64, 100)
+    bar.commit(plan)
+    assert offset == (1 << 20) * 7 // 8 + 100, "the upper eighth; the page that it lies in"
+    bar.commit(bar.plan_table([region(4096, b"new")]))
+    assert bar.read(offset, 3) == b"log"
+    other = region(4096, b"other")
+    plan, second = bar.plan_extra("log", other.fd, 64, 0)
+    assert second != offset, "the former one keeps its place until then"
+    bar.commit(plan)
+    assert bar.read(second, 5) == b"other"
+    assert len(bar.areas) == 2
+
+
+def test_plan_that_is_not_carried_out_changes_nothing(bar):
+    before = list(bar.areas)
+    slot = region(4096, b"slot")
+    bar.plan_slot(slot)
+    assert bar.areas == before
+    slot.close()

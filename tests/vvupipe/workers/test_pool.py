@@ -27,7 +27,9 @@ class Scene:
 
     def __init__(self, image, num_vrings=2):
         self.fd = os.open(image, os.O_RDWR)
+        abilities = ("direct", "unsafe", "is_block", "can_discard", "can_write_zeroes", "can_punch", "can_zero_range")
         fields = {"size_bytes": image.stat().st_size, "read_only": False, "serial": "pool"}
+        fields |= dict.fromkeys(abilities, False)
         worker = DeviceWorker("vvupipe.devices.block.worker", fields, (self.fd,))
         self.pool = WorkerPool(worker, sorted(os.sched_getaffinity(0)), num_vrings, 50_000)
         self.memory = GuestMemory()

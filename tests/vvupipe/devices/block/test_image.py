@@ -9,7 +9,7 @@ from vvupipe.errors import UserError
 
 
 def opened(path, **options):
-    return open_image(path, **{"read_only": False, "block_size_bytes": 512, "serial": None, **options})
+    return open_image(path, **{"read_only": False, "block_size_bytes": 512, "serial": None, "lock": False, **options})
 
 
 @pytest.fixture
