@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import NoReturn
 
 import click
 
@@ -36,20 +37,25 @@ cli.add_command(lspci)
 
 
 def main() -> None:
-    """Run the command line; errors become one line and an exit status (2: the user's, 1: ours or a peer's)."""
+    """Run the command line of `vvupipe`."""
+    run_program(cli, "vvupipe")
+
+
+def run_program(command: click.Command, name: str) -> NoReturn:
+    """Run `command` as a program; errors become one line and an exit status (2: the user's, 1: ours or a peer's)."""
     try:
-        status = cli.main(standalone_mode=False)
+        status = command.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         status = _USER_ERROR
     except click.ClickException as error:
-        where = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else "vvupipe: "
+        where = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else f"{name}: "
         status = _fail(where + error.format_message(), _USER_ERROR)
     except UserError as error:
-        status = _fail(f"vvupipe: {error}", _USER_ERROR)
+        status = _fail(f"{name}: {error}", _USER_ERROR)
     except VvupipeError as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
-        status = _fail(f"vvupipe: {error}", _FAILURE)
+        status = _fail(f"{name}: {error}", _FAILURE)
     except (KeyboardInterrupt, click.Abort):
         status = 130
     except BrokenPipeError:
