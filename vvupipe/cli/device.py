@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from vvupipe.cli.device_list import list_functions
+from vvupipe.cli.device_resize import resize
 from vvupipe.cli.discovery import discovery
 from vvupipe.cli.parameters import CPU_LIST, SIZE, check_cpus, json_option, set_up_logging, verbose_option
 from vvupipe.errors import UserError
@@ -23,6 +24,7 @@ def device() -> None:
 
 device.add_command(list_functions)
 device.add_command(discovery)
+device.add_command(resize)
 
 
 @device.command()
