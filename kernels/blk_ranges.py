@@ -65,7 +65,9 @@ def zero_range(disk, offset, length, unmap):
     if unmap and disk.can_punch:
         return allocate(disk, _FALLOC_PUNCH_HOLE, offset, length)
     if disk.can_zero_range:
-        return allocate(disk, _FALLOC_ZERO_RANGE, offset, length)
+        if allocate(disk, _FALLOC_ZERO_RANGE, offset, length) == OK:
+            return OK
+        disk.can_zero_range = 0
     return write_zero_bytes(disk, offset, length)
 
 

@@ -98,4 +98,3 @@ class PackedRing(DriverRing):
     def event(self):
         """(slot and wrap counter, flags) of the device's event suppression."""
         return self.memory.unpack("<HH", self.used)
-

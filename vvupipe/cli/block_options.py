@@ -5,25 +5,23 @@ Conventions: QEMU docs/interop/vhost-user.rst, "Backend program conventions"; sy
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from vvupipe.cli import conventions
 from vvupipe.errors import UserError
 
 _QUEUE_SIZE_MAX = 32768
 _LISTEN_FDS_START = 3  # sd_listen_fds(3)
 
-CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
-
 
 def print_capabilities(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     """--print-capabilities: print and exit, whatever else was said."""
     if wanted and not context.resilient_parsing:
-        click.echo(json.dumps(CAPABILITIES, indent=2))
+        conventions.print_capabilities()
         context.exit(0)
 
 

@@ -1,44 +1,46 @@
-"""`vvupipe device discovery`: the file by which libvirt finds the back-end (QEMU docs/interop/vhost-user.json)."""
+"""`vvupipe device discovery`: the file by which management software finds the back-end."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import click
 
+from vvupipe.cli import conventions
 from vvupipe.errors import UserError
 
-FILE_NAME = "50-vvupipe-block.json"
-PROGRAM = "vvupipe-block"
 
-
-@click.command()
+@click.command("discovery")
 @click.option(
-    "--install", type=click.Path(path_type=Path), metavar="DIR",
-    help="Write the file there (/usr/share/qemu/vhost-user, or /etc/qemu/vhost-user) instead of printing it.",
+    "--install", "folder", type=click.Path(path_type=Path), metavar="DIR",
+    help=f"Write DIR/{conventions.DISCOVERY_FILE}; DIR is /etc/qemu/vhost-user or ~/.config/qemu/vhost-user.",
 )  # fmt: skip
-def discovery(install: Path | None) -> int:
-    """Describe the block back-end for programs that manage VMs."""
-    text = json.dumps({"description": "vvupipe vhost-user-blk", "type": "block", "binary": str(_program())}, indent=2)
-    if install is None:
+def discovery(folder: Path | None) -> None:
+    """Print the JSON by which management software finds vvupipe-block, or install it."""
+    text = json.dumps(conventions.discovery(_installed_program()), indent=2)
+    if folder is None:
         click.echo(text)
-        return 0
+        return
+    path = folder / conventions.DISCOVERY_FILE
     try:
-        install.mkdir(parents=True, exist_ok=True)
-        (install / FILE_NAME).write_text(text + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {install / FILE_NAME}: {error.strerror}") from error
-    click.echo(str(install / FILE_NAME))
-    return 0
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    click.echo(path)
 
 
-def _program() -> Path:
-    """The installed vvupipe-block. Raises: UserError when there is none."""
-    beside = Path(sys.executable).parent / PROGRAM
-    found = str(beside) if beside.exists() else shutil.which(PROGRAM)
-    if found is None:
-        raise UserError(f"{PROGRAM} is not installed: install vvupipe first (pip install .)")
+def _installed_program() -> Path:
+    """The program of the installation that runs now, rather than another one in PATH. Raises: UserError."""
+    for folder in (Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))):
+        found = shutil.which(conventions.BLOCK_PROGRAM, path=folder)
+        if found:
+            return Path(found)
+    found = shutil.which(conventions.BLOCK_PROGRAM)
+    if not found:
+        raise UserError(f"{conventions.BLOCK_PROGRAM} is not installed: install vvupipe with pip first")
     return Path(found).absolute()

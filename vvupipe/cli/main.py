@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import NoReturn
 
 import click
 
 from vvupipe import __version__
-from vvupipe.cli.device import block, device
+from vvupipe.cli.device import device
 from vvupipe.cli.lspci import lspci
 from vvupipe.cli.run import run
 from vvupipe.errors import UserError, VvupipeError
@@ -36,30 +37,25 @@ cli.add_command(lspci)
 
 
 def main() -> None:
-    """The `vvupipe` program."""
-    run_command(cli)
+    """Run the command line of `vvupipe`."""
+    run_program(cli, "vvupipe")
 
 
-def block_main() -> None:
-    """The `vvupipe-block` program: `vvupipe device block`, for who starts back-ends by their file (libvirt)."""
-    run_command(block)
-
-
-def run_command(command: click.Command) -> None:
-    """Run a command line; errors become one line and an exit status (2: the user's, 1: ours or a peer's)."""
+def run_program(command: click.Command, name: str) -> NoReturn:
+    """Run `command` as a program; errors become one line and an exit status (2: the user's, 1: ours or a peer's)."""
     try:
         status = command.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         status = _USER_ERROR
     except click.ClickException as error:
-        where = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else "vvupipe: "
+        where = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else f"{name}: "
         status = _fail(where + error.format_message(), _USER_ERROR)
     except UserError as error:
-        status = _fail(f"vvupipe: {error}", _USER_ERROR)
+        status = _fail(f"{name}: {error}", _USER_ERROR)
     except VvupipeError as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
-        status = _fail(f"vvupipe: {error}", _FAILURE)
+        status = _fail(f"{name}: {error}", _FAILURE)
     except (KeyboardInterrupt, click.Abort):
         status = 130
     except BrokenPipeError:

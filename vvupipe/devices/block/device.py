@@ -57,7 +57,7 @@ class BlockDevice:
         self._cache = cache
         self._writeback = cache != CacheMode.WRITETHROUGH
         self._discard = sparse and image.limits.discard
-        self._unmap = sparse and image.limits.punch
+        self._unmap = sparse and image.limits.write_zeroes_unmap
         self._write_zeroes = not image.read_only
         self.features = (
             layout.F_VERSION_1
@@ -88,7 +88,7 @@ class BlockDevice:
             "can_discard": self._discard,
             "can_write_zeroes": self._write_zeroes,
             "can_punch": self._unmap,
-            "can_zero_range": image.limits.zero_range,
+            "can_zero_range": image.limits.write_zeroes,
         }
         self._worker_fields = fields
         worker = DeviceWorker("vvupipe.devices.block.worker", fields, (image.fd,))
@@ -102,17 +102,17 @@ class BlockDevice:
         image, limits = self.image, self.image.limits
         block = image.block_size_bytes
         return ConfigSpace(
-            capacity=image.size_bytes // layout.SECTOR_BYTES,
+            capacity_sectors=image.size_bytes // layout.SECTOR_BYTES,
             seg_max=max(1, self.queue_size_max - _HEADER_AND_STATUS),
-            blk_size=block,
-            physical_block_exp=max(0, (limits.physical_block // block).bit_length() - 1),
-            min_io_size=min(max(1, limits.min_io // block), 0xFFFF),
-            opt_io_size=limits.opt_io // block,
+            blk_size_bytes=block,
+            physical_block_exp=max(0, (limits.physical_block_bytes // block).bit_length() - 1),
+            min_io_size=min(max(1, limits.min_io_bytes // block), 0xFFFF),
+            opt_io_size=limits.opt_io_bytes // block,
             writeback=int(self._writeback),
             num_queues=self.num_queues,
             max_discard_sectors=RANGE_SECTORS_MAX if self._discard else 0,
             max_discard_seg=RANGES_MAX if self._discard else 0,
-            discard_sector_alignment=limits.discard_granularity // layout.SECTOR_BYTES if self._discard else 0,
+            discard_sector_alignment=limits.discard_granularity_bytes // layout.SECTOR_BYTES if self._discard else 0,
             max_write_zeroes_sectors=RANGE_SECTORS_MAX if self._write_zeroes else 0,
             max_write_zeroes_seg=RANGES_MAX if self._write_zeroes else 0,
             write_zeroes_may_unmap=int(self._write_zeroes and self._unmap),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernels.virtio_layout import BLK_ID_BYTES, SECTOR_BYTES
-from vvupipe.devices.block import image_limits, image_lock
+from vvupipe.devices.block import direct_alignment, image_limits, image_lock
 from vvupipe.devices.block.image_limits import ImageLimits
 from vvupipe.errors import UserError
 from vvupipe.units import human_bytes
@@ -92,7 +92,7 @@ def open_image(
 def _block_size(path: Path, fd: int, wanted: int | None, *, direct: bool) -> int:
     if not direct:
         return wanted or SECTOR_BYTES
-    needed = image_limits.direct_alignment(fd)
+    needed = direct_alignment.of(fd)
     if needed == 0:
         raise UserError(f"{path}: direct I/O does not work on it: leave --direct away")
     if wanted is not None and wanted < needed:

@@ -1,7 +1,8 @@
-"""Locks on an image, compatible with QEMU's: each refuses what the other has open for writing.
+"""A lock on an open image that QEMU and its tools understand, and theirs understood here.
 
-QEMU (block/file-posix.c) takes OFD locks on single bytes: 100 + i for each permission that it has, 200 + i for each
-that it does not let others have, and looks for those of others.
+QEMU (block/file-posix.c, raw_apply_lock_bytes and raw_check_lock_bytes) has one byte for every permission that an
+opener holds and one for every permission that it denies to others. All take shared locks on their bytes, which never
+fail, and then look for locks of others on the opposite bytes.
 """
 
 from __future__ import annotations
@@ -10,57 +11,89 @@ import errno
 import fcntl
 import logging
 import os
+import random
 import struct
 import time
+from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 
 from vvupipe.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_CONSISTENT_READ, _WRITE, _WRITE_UNCHANGED, _RESIZE = range(4)
-_HELD = 100
-_UNSHARED = 200
-_FLOCK = struct.Struct("=hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, len, pid
-_F_OFD_GETLK = 36  # <fcntl.h>
-_F_OFD_SETLK = 37
-_NO_LOCKS_THERE = {errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
+_HELD_BASE = 100  # RAW_LOCK_PERM_BASE
+_DENIED_BASE = 200  # RAW_LOCK_SHARED_BASE
+_FLOCK = struct.Struct("@hhqqi0q")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
+_NO_SUCH_LOCKS = {errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 _RETRY_S = 0.05
 
 
-def lock(fd: int, path: Path, *, read_only: bool, patience_s: float = 3.0) -> None:
-    """Lock the image behind `fd`; the lock lasts as long as the open file.
+class _Permission(IntEnum):
+    """The bits of BLK_PERM_* (include/block/block-common.h)."""
 
-    patience_s: a back-end that was killed lives on in its workers for a moment. Raises: UserError when another process
-    has it.
+    CONSISTENT_READ = 0
+    WRITE = 1
+    WRITE_UNCHANGED = 2
+    RESIZE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    held: tuple[_Permission, ...]
+    denied: tuple[_Permission, ...]
+
+    def own_bytes(self) -> list[int]:
+        return [_HELD_BASE + each for each in self.held] + [_DENIED_BASE + each for each in self.denied]
+
+    def opposite_bytes(self) -> list[int]:
+        return [_HELD_BASE + each for each in self.denied] + [_DENIED_BASE + each for each in self.held]
+
+
+_DENIED = (_Permission.WRITE, _Permission.RESIZE)
+_READER = _Claim((_Permission.CONSISTENT_READ,), _DENIED)
+_WRITER = _Claim((_Permission.CONSISTENT_READ, _Permission.WRITE, _Permission.RESIZE), _DENIED)
+
+
+def lock(fd: int, path: Path, *, read_only: bool, patience_s: float = 2.0) -> None:
+    """Lock the image behind `fd` against writers, and unless `read_only` against readers that want it unchanged.
+
+    The lock belongs to the open file description: it ends when the last copy of `fd` is closed, in whatever process.
+    Waits up to `patience_s` seconds for others to let go, as the workers of a killed back-end do. A file system
+    without such locks gets a warning in the log.
+
+    Raises: UserError when others keep the image in use, OSError when the system refuses for an unforeseen reason.
     """
-    held = {_CONSISTENT_READ} if read_only else {_CONSISTENT_READ, _WRITE, _RESIZE}
-    unshared = {_WRITE, _RESIZE}
+    claim = _READER if read_only else _WRITER
     deadline = time.monotonic() + patience_s
     try:
-        for byte in [_HELD + each for each in held] + [_UNSHARED + each for each in unshared]:
-            _take(fd, byte)
-        while _others_hold(fd, held, unshared):
-            if time.monotonic() > deadline:
-                use = "for writing" if read_only else "by another process"
-                raise UserError(f"{path} is in use {use}: stop that first, or say --no-lock if you know better")
-            time.sleep(_RETRY_S)
+        while (conflict := _try(fd, claim)) is not None:
+            if time.monotonic() >= deadline:
+                how = "for writing" if conflict < _DENIED_BASE else "for reading, which forbids writing"
+                raise UserError(
+                    f"{path} is in use by another process ({how}): stop it, or use --no-lock if you know better"
+                )
+            # Two that wait for each other must not keep step.
+            time.sleep(_RETRY_S * random.uniform(0.5, 1.5))
     except OSError as error:
-        if error.errno not in _NO_LOCKS_THERE:
+        if error.errno not in _NO_SUCH_LOCKS:
             raise
-        log.warning("%s cannot be locked where it is: %s", path, error.strerror)
+        log.warning("%s cannot be locked (%s): see to it that nothing else writes to it", path, error.strerror)
 
 
-def _take(fd: int, byte: int) -> None:
-    fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+def _try(fd: int, claim: _Claim) -> int | None:
+    """Take the locks, or none of them when another's is in the way: then that byte."""
+    for offset in claim.own_bytes():
+        _call(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, offset)
+    for offset in claim.opposite_bytes():
+        if _call(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, offset) != fcntl.F_UNLCK:
+            for own in claim.own_bytes():
+                _call(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, own)
+            return offset
+    return None
 
 
-def _others_hold(fd: int, held: set[int], unshared: set[int]) -> bool:
-    """Whether somebody does not share what we have, or has what we do not share."""
-    bytes_of_others = [_UNSHARED + each for each in held] + [_HELD + each for each in unshared]
-    return any(_is_taken(fd, byte) for byte in bytes_of_others)
-
-
-def _is_taken(fd: int, byte: int) -> bool:
-    answer = fcntl.fcntl(fd, _F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
-    return int(_FLOCK.unpack(answer)[0]) != fcntl.F_UNLCK
+def _call(fd: int, command: int, kind: int, offset: int) -> int:
+    """One fcntl on one byte. Returns: l_type afterwards."""
+    answer: tuple[int, ...] = _FLOCK.unpack(fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, offset, 1, 0)))
+    return answer[0]

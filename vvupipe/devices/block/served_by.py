@@ -1,38 +1,86 @@
-"""Which back-ends serve an image."""
+"""Which block back-ends of this user serve an image, found by what /proc says of them."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import signal
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 
 import psutil
 
-_WORKER_MODULE = "vvupipe.devices.block.worker"
+_MODULE = "vvupipe"
+_BLOCK_PROGRAM = "vvupipe-block"
+_COMMAND = ["device", "block"]
+_OPTIONS_WITH_A_VALUE = ("-X", "-W")  # of Python, which come before the program
 
 
-def block_back_ends(image: os.stat_result) -> list[int]:
-    """Process ids of this user's block back-ends (coordinators, not workers) that have the image open."""
-    return [process.pid for process in psutil.process_iter() if _is_back_end(process) and _has_open(process, image)]
+def back_ends(status: os.stat_result) -> list[psutil.Process]:
+    """The coordinators, not their workers, that have the file or block device of `status` open, by process id.
+
+    Processes that end meanwhile, or that may not be looked at, count as none.
+    """
+    wanted = _identity(status)
+    return [process for process in _coordinators() if wanted in _open_files(process.pid)]
 
 
-def _is_back_end(process: psutil.Process) -> bool:
+def takes_signal(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether the process handles the signal (SigCgt, proc(5)), which would end it otherwise."""
     try:
-        arguments = process.cmdline()
-    except psutil.Error:
-        return False  # it ended, or is none of ours
-    if _WORKER_MODULE in arguments:
-        return False
-    names = {Path(argument).name for argument in arguments[:3]}
-    return "vvupipe-block" in names or ("vvupipe" in names and {"device", "block"} <= set(arguments))
-
-
-def _has_open(process: psutil.Process, image: os.stat_result) -> bool:
-    folder = Path(f"/proc/{process.pid}/fd")
-    try:
-        for entry in folder.iterdir():
-            status = entry.stat()
-            if (status.st_dev, status.st_ino) == (image.st_dev, image.st_ino):
-                return True
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     except OSError:
-        return False  # it ended, or is another user's
+        return False
+    masks = [line.split()[1] for line in lines if line.startswith("SigCgt:")]
+    return bool(masks) and bool(int(masks[0], 16) >> (number - 1) & 1)
+
+
+def _coordinators() -> Iterator[psutil.Process]:
+    user = os.geteuid()
+    for process in psutil.process_iter():
+        try:
+            if process.uids().effective == user and _is_block_back_end(process.cmdline()):
+                yield process
+        except psutil.Error:
+            continue
+
+
+def _is_block_back_end(cmdline: Sequence[str]) -> bool:
+    """Whether these are the words of Python that runs `vvupipe device block`, or vvupipe-block."""
+    if not cmdline or not PurePath(cmdline[0]).name.startswith(("python", "pypy")):
+        return False
+    words = iter(cmdline[1:])
+    for word in words:
+        if word == "-m":
+            return next(words, "") == _MODULE and _runs_block(words)
+        if word == "-c":
+            return False
+        if word in _OPTIONS_WITH_A_VALUE:
+            next(words, None)
+        elif not word.startswith("-"):
+            name = PurePath(word).name
+            return name == _BLOCK_PROGRAM or (name == _MODULE and _runs_block(words))
     return False
+
+
+def _runs_block(words: Iterator[str]) -> bool:
+    return [next(words, ""), next(words, "")] == _COMMAND
+
+
+def _open_files(pid: int) -> set[tuple[int, ...]]:
+    found: set[tuple[int, ...]] = set()
+    try:
+        links = list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return found
+    for link in links:
+        try:
+            found.add(_identity(link.stat()))
+        except OSError:
+            continue  # closed meanwhile
+    return found
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Two nodes of one block device are the same disk."""
+    return (status.st_rdev,) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)

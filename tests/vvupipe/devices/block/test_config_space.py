@@ -1,30 +1,52 @@
 """The configuration space, field by field as virtio 1.2, 5.2.4 lays it out."""
 
 import struct
+from dataclasses import fields
 
 import pytest
 
-from vvupipe.devices.block.config_space import SIZE_BYTES, WRITEBACK_OFFSET, ConfigSpace
+from vvupipe.devices.block.config_space import ConfigSpace
 
-PLACES = [  # field, offset, format
-    ("capacity", 0, "<Q"), ("size_max", 8, "<I"), ("seg_max", 12, "<I"), ("cylinders", 16, "<H"), ("heads", 18, "<B"),
-    ("sectors", 19, "<B"), ("blk_size", 20, "<I"), ("physical_block_exp", 24, "<B"), ("alignment_offset", 25, "<B"),
-    ("min_io_size", 26, "<H"), ("opt_io_size", 28, "<I"), ("writeback", 32, "<B"), ("num_queues", 34, "<H"),
-    ("max_discard_sectors", 36, "<I"), ("max_discard_seg", 40, "<I"), ("discard_sector_alignment", 44, "<I"),
-    ("max_write_zeroes_sectors", 48, "<I"), ("max_write_zeroes_seg", 52, "<I"), ("write_zeroes_may_unmap", 56, "<B"),
-]  # fmt: skip
+#: field, offset, format: from the structure in the specification, added up by hand
+LAYOUT = [
+    ("capacity_sectors", 0, "<Q"),
+    ("size_max_bytes", 8, "<I"),
+    ("seg_max", 12, "<I"),
+    ("cylinders", 16, "<H"),
+    ("heads", 18, "<B"),
+    ("sectors", 19, "<B"),
+    ("blk_size_bytes", 20, "<I"),
+    ("physical_block_exp", 24, "<B"),
+    ("alignment_offset", 25, "<B"),
+    ("min_io_size", 26, "<H"),
+    ("opt_io_size", 28, "<I"),
+    ("writeback", 32, "<B"),
+    ("num_queues", 34, "<H"),
+    ("max_discard_sectors", 36, "<I"),
+    ("max_discard_seg", 40, "<I"),
+    ("discard_sector_alignment", 44, "<I"),
+    ("max_write_zeroes_sectors", 48, "<I"),
+    ("max_write_zeroes_seg", 52, "<I"),
+    ("write_zeroes_may_unmap", 56, "<B"),
+]
 
 
-@pytest.mark.parametrize(("name", "offset", "layout"), PLACES)
-def test_field(name, offset, layout):
-    empty = ConfigSpace(**{"capacity": 0, "blk_size": 0, "num_queues": 0}).pack()
-    assert empty == bytes(SIZE_BYTES)
-    fields = {"capacity": 0, "blk_size": 0, "num_queues": 0, name: 0xA5}
-    space = ConfigSpace(**fields).pack()
-    size = struct.calcsize(layout)
-    assert struct.unpack_from(layout, space, offset) == (0xA5,)
-    assert space[:offset] + space[offset + size :] == bytes(SIZE_BYTES - size), "nothing else moved"
+@pytest.mark.parametrize(("field", "offset", "form"), LAYOUT)
+def test_field_alone(field, offset, form):
+    largest = (1 << 8 * struct.calcsize(form)) - 1
+    space = ConfigSpace(**{field: largest}).pack()
+    after = offset + struct.calcsize(form)
+    assert struct.unpack_from(form, space, offset) == (largest,)
+    assert space[:offset] + space[after:] == bytes(len(space) - struct.calcsize(form))
+    with pytest.raises(struct.error):
+        ConfigSpace(**{field: largest + 1}).pack()
+
+
+def test_layout_names_every_field():
+    assert [name for name, _, _ in LAYOUT] == [field.name for field in fields(ConfigSpace)]
 
 
 def test_size():
-    assert (SIZE_BYTES, WRITEBACK_OFFSET) == (60, 32)
+    assert len(ConfigSpace().pack()) == config_space.SIZE_BYTES == 60
+    assert ConfigSpace().pack() == bytes(60)
+    assert ConfigSpace(writeback=1).pack()[config_space.WRITEBACK_OFFSET] == 1
