@@ -20,8 +20,20 @@ DISCARD, WRITE_ZEROES = 11, 13
 MIB = 1 << 20
 
 
+_OPEN = []
+
+
+@pytest.fixture(autouse=True)
+def front_ends_of_failed_tests():
+    """A back-end serves one front-end at a time: what a failed test leaves open would fail every other."""
+    yield
+    while _OPEN:
+        _OPEN.pop().close()
+
+
 def negotiated(backend, features=PLAIN, protocol=ALL_PROTOCOL & ~fe.INBAND):
     frontend = fe.Frontend(backend.socket)
+    _OPEN.append(frontend)
     frontend.negotiate(features, protocol)
     return frontend
 

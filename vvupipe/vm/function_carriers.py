@@ -102,6 +102,7 @@ class IvshmemCarrier:
         self._number = number
         doorbells = [*range(function.notifications.count)]
         doorbells += [layout.ERR_DOORBELL_BASE + index for index in doorbells]
+        doorbells.append(layout.LOG_DOORBELL)
         self._server = IvshmemServer(function, relay, [_register(doorbell) for doorbell in doorbells])
         function.notifications.on_tie = lambda number, fd: self._server.tie(*_register(number), fd)
         self._function = function

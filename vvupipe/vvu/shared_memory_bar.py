@@ -85,7 +85,7 @@ class SharedMemoryBar:
         """
         start = fd_offset - fd_offset % _PAGE
         others = {each: area for each, area in self._now.extras.items() if each != name}
-        length = -(-(fd_offset - start + size_bytes) // _PAGE) * _PAGE
+        length = fd_offset - start + size_bytes
         # The former one keeps its place until the plan is carried out.
         offset = self._free(length, self._now.extras.values(), self._memory_end, self.size_bytes)
         area = MappableArea(offset, length, fd, start)

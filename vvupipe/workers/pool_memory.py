@@ -24,8 +24,8 @@ class PoolMemory:
         self._regions: dict[int, MemoryRegion] = {}  # what workers have mapped, or are about to
         self._table: list[int] = []
         self.iotlb = Iotlb()
-        self._log_fds: list[int] = []
-        self._log: commands.Fields = {"op": "log", "size_bytes": 0, "offset": 0}
+        self._log_fd = self._log_event = -1
+        self._log_bytes = self._log_offset = 0
 
     def add(self, regions: Iterable[MemoryRegion]) -> tuple[list[int], list[Command]]:
         """Take over `regions`, those that we have already included. Their numbers, and how workers map the new."""
@@ -53,23 +53,23 @@ class PoolMemory:
 
     def set_log(self, fd: int, size_bytes: int, offset: int) -> Command:
         """The dirty-page log; -1 and 0: none. The fd belongs to us from here on."""
-        event = self._log_fds[1:] if len(self._log_fds) > 1 else []
-        return self._change_log(fd, event[0] if event else -1, size_bytes, offset)
+        if self._log_fd >= 0:
+            os.close(self._log_fd)
+        self._log_fd, self._log_bytes, self._log_offset = fd, size_bytes, offset
+        return self._log()
 
     def set_log_event(self, fd: int) -> Command:
         """The eventfd that tells of news in the log; -1: none. It belongs to us from here on."""
-        log = os.dup(self._log_fds[0]) if self._log_fds else -1
-        return self._change_log(log, fd, self._log["size_bytes"], self._log["offset"], keep_event=False)
+        if self._log_event >= 0:
+            os.close(self._log_event)
+        self._log_event = fd
+        return self._log()
 
-    def _change_log(self, fd: int, event: int, size_bytes: int, offset: int, *, keep_event: bool = True) -> Command:
-        for old in self._log_fds[:1] + ([] if keep_event else self._log_fds[1:]):
-            os.close(old)
-        if fd < 0 and event >= 0:
-            os.close(event)  # without a log there is nothing to tell
-            event = -1
-        self._log_fds = [each for each in (fd, event) if each >= 0]
-        self._log = {"op": "log", "size_bytes": size_bytes if fd >= 0 else 0, "offset": offset}
-        return self._log, self._log_fds
+    def _log(self) -> Command:
+        if self._log_fd < 0:
+            return {"op": "log", "size_bytes": 0, "offset": 0}, []
+        fds = [self._log_fd] + ([self._log_event] if self._log_event >= 0 else [])
+        return {"op": "log", "size_bytes": self._log_bytes, "offset": self._log_offset}, fds
 
     def commands(self) -> list[Command]:
         """Everything, for a worker that is new."""
@@ -80,8 +80,8 @@ class PoolMemory:
         for start in range(0, len(entries), _TRANSLATIONS_IN_ONE_COMMAND):
             part = entries[start : start + _TRANSLATIONS_IN_ONE_COMMAND]
             everything.append(({"op": "iotlb", "update": part}, []))
-        if self._log_fds:
-            everything.append((self._log, self._log_fds))
+        if self._log_fd >= 0:
+            everything.append(self._log())
         return everything
 
     def change_translations(self, invalidate: list[tuple[int, int]], update: list[Translation]) -> Command:
@@ -102,8 +102,8 @@ class PoolMemory:
         """Close every fd."""
         self._table = []
         self.drop_unused()
-        while self._log_fds:
-            os.close(self._log_fds.pop())
+        self.set_log(-1, 0, 0)
+        self.set_log_event(-1)
 
     def _map(self, numbers: list[int]) -> Iterator[Command]:
         for start in range(0, len(numbers), _FDS_IN_ONE_COMMAND):
