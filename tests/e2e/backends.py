@@ -141,11 +141,11 @@ def _storage_daemon(image, folder):
     return Backend(socket, lambda: Process(command, folder / "qsd.log"))
 
 
-def _vvupipe(*arguments):
+def vvupipe_command(*arguments):
     return [sys.executable, "-m", "vvupipe", *map(str, arguments)]
 
 
-def _vvupipe_environment(folder):
+def vvupipe_environment(folder):
     """Run-time files of vvupipe stay in the test's folder."""
     runtime = folder / "runtime"
     runtime.mkdir(mode=0o700, exist_ok=True)
@@ -154,20 +154,22 @@ def _vvupipe_environment(folder):
 
 def _vvupipe_socket(image, folder):
     socket = folder / "block.sock"
-    command = _vvupipe("device", "block", "--file", image, "--socket", socket, "--num-queues", QUEUES)
-    return Backend(socket, lambda: Process(command, folder / "block.log", _vvupipe_environment(folder)))
+    command = vvupipe_command("device", "block", "--file", image, "--socket", socket, "--num-queues", QUEUES)
+    return Backend(socket, lambda: Process(command, folder / "block.log", vvupipe_environment(folder)))
 
 
 def _vvupipe_vvu(image, folder):
-    env = _vvupipe_environment(folder)
+    env = vvupipe_environment(folder)
     socket = folder / "proxy.sock"
     name = "device-vm"
     device_vm = Process(
-        _vvupipe("run", "--vvu-proxy", f"{socket},addr={PCI_ADDRESS}", "--name", name), folder / "device-vm.log", env
+        vvupipe_command("run", "--vvu-proxy", f"{socket},addr={PCI_ADDRESS}", "--name", name),
+        folder / "device-vm.log",
+        env,
     )
     try:
         wait_until(lambda: is_listening(socket), [device_vm])
-        command = _vvupipe(
+        command = vvupipe_command(
             "device", "block", "--vfio", PCI_ADDRESS, "--vm", name, "--file", image, "--num-queues", QUEUES
         )
         return Backend(socket, lambda: Process(command, folder / "block.log", env), [device_vm])

@@ -12,7 +12,10 @@ from vvupipe.vm.qemu_sibling import QemuSiblingOptions, VhostUserDisk, run_qemu_
 def main() -> int:
     fields = json.loads(sys.argv[1])
     disks = tuple(
-        VhostUserDisk(**{**disk, "socket_path": Path(disk["socket_path"])}) for disk in fields.pop("vhost_user_blk")
+        VhostUserDisk(
+            **{**disk, "socket_path": Path(disk["socket_path"]), "properties": tuple(disk.get("properties", ()))}
+        )
+        for disk in fields.pop("vhost_user_blk")
     )
     for name in ("kernel", "initrd"):
         if fields.get(name) is not None:

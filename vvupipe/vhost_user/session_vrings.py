@@ -139,6 +139,9 @@ class SessionVrings:
         vring = self._vring(VringState.unpack(message).index)
         await self._stop(vring)
         vring.drop_kick()
+        if not self.running:
+            # A firmware's driver ran before the guest switched its IOMMU on: nobody tells that its translations end.
+            await self._device.pool.forget_translations()
         base = self._base(vring)
         return VringState(vring.index, base | base << 16 if self.packed else base).pack()
 

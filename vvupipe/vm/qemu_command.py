@@ -19,22 +19,28 @@ class VhostUserDisk:
     """A virtio-blk disk whose back-end listens on `socket_path`.
 
     num_queues: None leaves it to QEMU, which takes one for each vCPU. queue_size: descriptors of a ring, a power
-    of two. bootindex: the firmware boots from the lowest; None leaves the disk out of its order.
+    of two. bootindex: the firmware boots from the lowest; None leaves the disk out of its order. properties: further
+    KEY=VALUE of QEMU's vhost-user-blk-pci, such as packed=on.
     """
 
     socket_path: Path
     num_queues: int | None = None
     queue_size: int | None = None
     bootindex: int | None = None
+    properties: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QemuSiblingOptions(MachineOptions):
-    """A sibling VM. timeout_s: how long to wait for the back-ends, None for ever."""
+    """A sibling VM. timeout_s: how long to wait for the back-ends, None for ever.
+
+    iommu: give it one (Intel's, with a device IOTLB); disks use it that have iommu_platform=on and ats=on.
+    """
 
     vhost_user_blk: tuple[VhostUserDisk, ...]
     name: str = "sibling"
     timeout_s: float | None = None
+    iommu: bool = False
 
 
 def check_options(options: QemuSiblingOptions) -> None:
@@ -65,6 +71,8 @@ def qemu_command(
         memory = f"memory-backend-file,id=ram,mem-path={value(memory_path)},{size}"
     command = machine_arguments(options, binary, monitor_fd, memory=memory, on_terminal=on_terminal)
     reconnect = "reconnect-ms=1000" if binary.version[:2] >= _RECONNECT_MS_SINCE else "reconnect=1"
+    if options.iommu:
+        command += ["-device", "intel-iommu,intremap=off,device-iotlb=on"]
     for index, disk in enumerate(options.vhost_user_blk):
         command += ["-chardev", f"socket,id=disk{index},path={value(disk.socket_path)},{reconnect}"]
         device = f"vhost-user-blk-pci,chardev=disk{index}"
@@ -75,5 +83,6 @@ def qemu_command(
         ):
             if number is not None:
                 device += f",{key}={number}"
+        device += "".join(f",{each}" for each in disk.properties)
         command += ["-device", device]
     return command + storage_arguments(options)

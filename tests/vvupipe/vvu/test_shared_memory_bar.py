@@ -7,11 +7,11 @@ from vvupipe.memory.region import MemoryRegion
 from vvupipe.vvu.shared_memory_bar import SharedMemoryBar
 
 
-def region(size, content, fd_offset=0):
+def region(size, content, fd_offset=0, gpa=0x1000):
     fd = os.memfd_create("sibling")
     os.ftruncate(fd, fd_offset + size)
     os.pwrite(fd, content, fd_offset)
-    return MemoryRegion(0x1000, size, 0x7F0000000000, fd, fd_offset)
+    return MemoryRegion(gpa, size, 0x7F0000000000, fd, fd_offset)
 
 
 @pytest.fixture
@@ -64,13 +64,13 @@ def test_filling_again_closes_the_former_fds(bar):
 
 
 def test_slots_come_and_go(bar):
-    slot = region(4096, b"slot")
+    slot = region(4096, b"slot", gpa=0x10000)
     plan, offset = bar.plan_slot(slot)
     assert offset == 12288, "behind the table"
     bar.commit(plan)
     assert bar.read(offset, 4) == b"slot"
     with pytest.raises(ProtocolError, match="already"):
-        bar.plan_slot(region(4096, b"same place"))
+        bar.plan_slot(region(4096, b"same place", gpa=0x10000))
     key = (slot.gpa, slot.uva, slot.size_bytes)
     bar.commit(bar.plan_removal(key))
     assert bar.read(offset, 4) == bytes(4)
@@ -95,7 +95,7 @@ def test_what_is_no_guest_memory_stays_when_the_table_changes(bar):
 
 def test_plan_that_is_not_carried_out_changes_nothing(bar):
     before = list(bar.areas)
-    slot = region(4096, b"slot")
+    slot = region(4096, b"slot", gpa=0x10000)
     bar.plan_slot(slot)
     assert bar.areas == before
     slot.close()

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from vvupipe.devices.block.config_space import ConfigSpace
+from vvupipe.devices.block.config_space import SIZE_BYTES, WRITEBACK_OFFSET, ConfigSpace
 
 #: field, offset, format: from the structure in the specification, added up by hand
 LAYOUT = [
@@ -47,6 +47,6 @@ def test_layout_names_every_field():
 
 
 def test_size():
-    assert len(ConfigSpace().pack()) == config_space.SIZE_BYTES == 60
+    assert len(ConfigSpace().pack()) == SIZE_BYTES == 60
     assert ConfigSpace().pack() == bytes(60)
-    assert ConfigSpace(writeback=1).pack()[config_space.WRITEBACK_OFFSET] == 1
+    assert ConfigSpace(writeback=1).pack()[WRITEBACK_OFFSET] == 1
