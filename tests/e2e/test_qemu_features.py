@@ -176,7 +176,7 @@ def test_guest_with_an_iommu(backends, tmp_path):
     }
     end = boot_guest(
         tmp_path, [disk], IOMMU_SCRIPT, iommu=True, params=["quiet", "intel_iommu=on", "iommu.passthrough=0"],
-        timeout_s=60,
+        timeout_s=100,
     )  # fmt: skip
     assert (end.status, end.script_status) == (0, 0), end
     assert end.word("features")[33] == "1"

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 MEM_SLOTS_MAX = 509  #: as QEMU's KVM on x86; what a worker maps is limited by vm.max_map_count only
 _PAGE = 4096
+_FRUITLESS_MAX = 8  # answers without a translation in a row, before it is taken for one that is not there
 _ADDRESS_END = 1 << 64
 
 
@@ -46,6 +47,7 @@ class SessionMemory:
         self._slots: dict[tuple[int, int, int], list[MemoryRegion]] = {}
         self._log: FileArea | None = None
         self._logging = False
+        self._fruitless: dict[int, tuple[int, int]] = {}
         self._asking: dict[int, asyncio.Task[None]] = {}
         self.channel: Callable[[], BackendChannel | None] = lambda: None
         pool.on_waiting = self._ask_all
@@ -121,6 +123,7 @@ class SessionMemory:
         """IOTLB_MSG: the reply says whether it was understood."""
         try:
             entry = IotlbEntry.unpack(message)
+            log.debug("IOTLB message %d: %#x bytes at %#x", entry.kind, entry.size_bytes, entry.iova)
             if not entry.size_bytes or entry.iova + entry.size_bytes > _ADDRESS_END:
                 raise ProtocolError(f"a translation of {entry.size_bytes:#x} bytes at {entry.iova:#x}")
             if entry.kind == IotlbType.UPDATE:
@@ -163,6 +166,7 @@ class SessionMemory:
         if known and (known.access & access == access or known.access & ACCESS_REFUSED):
             await self._pool.change_translations()  # it came meanwhile; have the vring look again
             return
+        log.debug("vring %d misses %#x for %d", index, iova, access)
         channel = self.channel()
         page = iova & ~(_PAGE - 1)
         code: int | None = 1
@@ -178,7 +182,15 @@ class SessionMemory:
             if code is None:
                 await self._arrival(iova, access)
         known = self._pool.translation(iova)
-        if code or known is None or known.access & access != access:
+        if known and known.access & access == access:
+            self._fruitless.pop(index, None)
+            return
+        address, times = self._fruitless.pop(index, (iova, 0))
+        if not code and (address != iova or times < _FRUITLESS_MAX):
+            # It came, and was invalidated before we looked.
+            self._fruitless[index] = (iova, times + 1 if address == iova else 1)
+            await self._pool.change_translations()
+        else:
             log.warning("vring %d: the front-end has no translation of %#x", index, iova)
             refusal = Translation(page, _PAGE, 0, ACCESS_REFUSED)
             await self._pool.change_translations(update=[refusal])

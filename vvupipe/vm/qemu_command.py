@@ -34,7 +34,7 @@ class VhostUserDisk:
 class QemuSiblingOptions(MachineOptions):
     """A sibling VM. timeout_s: how long to wait for the back-ends, None for ever.
 
-    iommu: give it one (Intel's, with a device IOTLB); disks use it that have iommu_platform=on and ats=on.
+    iommu: give it one (Intel's), which its disks use.
     """
 
     vhost_user_blk: tuple[VhostUserDisk, ...]
@@ -83,6 +83,10 @@ def qemu_command(
         ):
             if number is not None:
                 device += f",{key}={number}"
+        if options.iommu:
+            # A guest invalidates a device's translations only where it has ATS, which takes a PCI Express port.
+            command += ["-device", f"pcie-root-port,id=disk-port{index},chassis={index + 1}"]
+            device += f",bus=disk-port{index},disable-legacy=on,iommu_platform=on,ats=on"
         device += "".join(f",{each}" for each in disk.properties)
         command += ["-device", device]
     return command + storage_arguments(options)
