@@ -533,6 +533,16 @@ def test_message_that_is_not_for_block_devices_is_refused(backend, request_numbe
     frontend.close()
 
 
+@pytest.mark.parametrize("request_number", [26, 28, 30, 41, 44])
+def test_message_that_cannot_be_answered_ends_the_session(backend, request_number):
+    """A front-end that sends it breaks the protocol, and must not be left waiting for the answer."""
+    frontend = negotiated(backend)
+    frontend.send(request_number, bytes(8))
+    with pytest.raises(ConnectionResetError):
+        frontend.receive()
+    frontend.close()
+
+
 # Packed positions
 
 

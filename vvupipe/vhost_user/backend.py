@@ -161,6 +161,9 @@ class Session:
         wants_ack = message.need_reply and ProtocolFeature.REPLY_ACK in self._protocol and not has_reply
         reply: Reply = None
         code = _FAILED
+        if handler is None and has_reply:
+            # Its answer would have a shape that only its feature knows: silence would leave the front-end waiting.
+            raise ProtocolError(f"{message.name} needs a feature that was not offered")
         if handler is None:
             # "REPLY_ACK": whoever asks is told that it failed; whoever does not ask expects nothing.
             log.warning("%s is not implemented%s", message.name, "" if wants_ack else ", ignored")
