@@ -524,7 +524,7 @@ def test_message_whose_feature_was_not_negotiated_is_refused(backend):
     frontend.close()
 
 
-@pytest.mark.parametrize("request_number", [19, 20, 23, 33])
+@pytest.mark.parametrize("request_number", [19, 20, 23, 27, 29, 33])
 def test_message_that_is_not_for_block_devices_is_refused(backend, request_number):
     frontend = negotiated(backend)
     with pytest.raises(fe.Refused):

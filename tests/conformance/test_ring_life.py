@@ -215,3 +215,20 @@ def test_device_state_that_is_none_is_refused(frontend, backend, memory):
     assert transfer(frontend, SAVE, theirs) & 0xFF, "a ring runs"
     assert BlkDriver(ring).request(IN, size=512)[0] == OK
     os.close(theirs)
+
+
+def test_offered_protocol_features(frontend, backend):
+    """Bits of docs/interop/vhost-user.rst, "Protocol features"; nothing is offered that is not implemented."""
+    _, offered = frontend.negotiate()
+    everywhere = {0, 1, 3, 5, 9, 12, 13, 14, 15, 16}
+    on_sockets = {19} if backend.name in {"socket", "fd"} else set()
+    assert {bit for bit in range(64) if offered >> bit & 1} == everywhere | on_sockets
+
+
+def test_offered_features(frontend):
+    """virtio 1.2, 5.2.3 and 6, with vhost-user's own bits."""
+    offered, _ = frontend.negotiate()
+    block = {2, 6, 9, 10, 11, 12, 13, 14}
+    reserved = {28, 29, 32, 33, 34, 35, 36, 40}
+    vhost_user = {26, 30}
+    assert {bit for bit in range(64) if offered >> bit & 1} == block | reserved | vhost_user
