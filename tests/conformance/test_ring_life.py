@@ -232,3 +232,14 @@ def test_offered_features(frontend):
     reserved = {28, 29, 32, 33, 34, 35, 36, 40}
     vhost_user = {26, 30}
     assert {bit for bit in range(64) if offered >> bit & 1} == block | reserved | vhost_user
+
+
+def test_memory_beyond_4_gib(backend, image):
+    """A ring and its buffers behind 5 GiB of other memory, and a buffer across the 4 GiB line inside it."""
+    ram = GuestMemory(layout=((1 << 33, 16 * MIB), (0, 5 << 30)))
+    content = image.read_bytes()
+    with started_disk(backend.socket, memory=ram) as (_, disk):
+        assert disk.read(3, 4096) == content[1536 : 1536 + 4096]
+        disk.buffer = (4 << 30) - 1024
+        assert disk.read(8, 4096) == content[4096:8192]
+        disk.write(8, content[4096:8192])
