@@ -66,7 +66,7 @@ class Frontend(FrontendVrings, FrontendMemory, FrontendDevice):
 
     async def _first_answer(self, path: Path, deadline: float | None, timeout_s: float | None, told: _Once) -> bool:
         """Ask for the features. False when the back-end closed the connection without an answer."""
-        asking = asyncio.create_task(self.get_features(timeout_s=None))
+        asking = asyncio.create_task(self._get_features(None))
         try:
             left = _left(deadline)
             await asyncio.wait({asking}, timeout=_SILENCE_S if left is None else min(_SILENCE_S, left))

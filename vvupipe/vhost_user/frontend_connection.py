@@ -209,8 +209,11 @@ class FrontendConnection:
         """RESET_OWNER (deprecated: what it does is the back-end's choice)."""
         await self._tell(Request.RESET_OWNER)
 
-    async def get_features(self, *, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> int:
-        """GET_FEATURES; `features` is brought up to date. timeout_s: None waits for ever."""
+    async def get_features(self) -> int:
+        """GET_FEATURES; `features` is brought up to date."""
+        return await self._get_features(self.answer_timeout_s)
+
+    async def _get_features(self, timeout_s: float | None) -> int:
         self.features = unpack_u64(await self._request(Message(Request.GET_FEATURES), timeout_s=timeout_s))
         return self.features
 
@@ -234,9 +237,9 @@ class FrontendConnection:
 
         Raises: NotNegotiated for what is not offered, or in-band notifications without what they need.
         """
-        missing = wanted & ~self.offered_protocol_features
+        missing = int(wanted) & ~int(self.offered_protocol_features)  # `~` of a flag knows only bits with a name
         if missing:
-            raise NotNegotiated(f"the back-end does not offer the protocol features {missing.value:#x}")
+            raise NotNegotiated(f"the back-end does not offer the protocol features {missing:#x}")
         needed = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
         if ProtocolFeature.INBAND_NOTIFICATIONS in wanted and needed not in wanted:
             raise NotNegotiated("INBAND_NOTIFICATIONS needs BACKEND_REQ and REPLY_ACK as well")
