@@ -60,6 +60,9 @@ class Vm:
     def text(self):
         return self.console.read_text(errors="replace") if self.console.exists() else ""
 
+    def rounds(self):
+        return self.text().count("round ")
+
     def wait_for(self, text, timeout_s=100):
         deadline = time.monotonic() + timeout_s
         while text not in self.text():
@@ -69,17 +72,26 @@ class Vm:
 
 
 async def migrate(source, target_socket):
-    """Migrate `source`, slowly enough for several passes over its memory. Returns QEMU's figures of it."""
+    """Migrate `source`, and let it end only after some rounds whose pages were copied before they were filled."""
     client = QMPClient("source")
     await client.connect(str(source.monitor))
-    try:
-        await client.execute("migrate-set-parameters", {"max-bandwidth": 48 * MIB, "downtime-limit": 800})
-        await client.execute("migrate", {"uri": f"unix:{target_socket}"})
-        async with asyncio.timeout(90):
-            while (info := await client.execute("query-migrate"))["status"] not in {"completed", "failed"}:
-                await asyncio.sleep(0.1)
-        assert info["status"] == "completed", info
+
+    async def until(reached):
+        async with asyncio.timeout(60):
+            while not reached(info := await client.execute("query-migrate")):
+                assert info["status"] != "failed", info
+                await asyncio.sleep(0.05)
         return info["ram"]
+
+    try:
+        # There is always more to copy than a millisecond allows.
+        await client.execute("migrate-set-parameters", {"max-bandwidth": 16 * MIB, "downtime-limit": 1})
+        await client.execute("migrate", {"uri": f"unix:{target_socket}"})
+        await until(lambda info: "ram" in info and info["ram"]["dirty-sync-count"] >= 3)
+        rounds = source.rounds()
+        await until(lambda info: source.rounds() >= rounds + 3)
+        await client.execute("migrate-set-parameters", {"downtime-limit": 2000, "max-bandwidth": 256 * MIB})
+        return await until(lambda info: info["status"] == "completed")
     finally:
         await client.disconnect()
 
