@@ -1,0 +1,61 @@
+"""`vvupipe trace`: the messages between a vhost-user front-end and its back-end, as strace shows system calls."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import click
+
+from vvupipe.cli.parameters import json_option, set_up_logging, verbose_option
+from vvupipe.errors import UserError
+
+
+@click.command()
+@click.argument("back_end", metavar="SOCK", type=click.Path(path_type=Path))
+@click.option("--listen", type=click.Path(path_type=Path), help="Where front-ends connect.  [default: SOCK.trace]")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the trace to a file.  [default: stdout]")
+@json_option
+@verbose_option
+def trace(back_end: Path, listen: Path | None, output: Path | None, as_json: bool, verbose: int) -> int:
+    """Show every vhost-user message between front-ends and the back-end at SOCK.
+
+    Give the front-end SOCK.trace in the place of SOCK. Messages and file descriptors pass unchanged; the requests that
+    the back-end sends are shown as well. The back-end may come later.
+    """
+    set_up_logging(verbose)
+    listen = listen or back_end.with_name(back_end.name + ".trace")
+    if listen.absolute() == back_end.absolute():
+        raise UserError(f"--listen {listen} is the back-end's own socket: choose another path")
+    if output is None:
+        return asyncio.run(_trace(back_end, listen, sys.stdout, as_json))
+    with open_trace(output) as stream:
+        return asyncio.run(_trace(back_end, listen, stream, as_json))
+
+
+def open_trace(path: Path) -> TextIO:
+    """A file for a trace, emptied. Raises: UserError."""
+    try:
+        return path.open("w")
+    except OSError as error:
+        raise UserError(f"the trace cannot be written to {path}: {error.strerror}") from error
+
+
+async def _trace(back_end: Path, listen: Path, stream: TextIO, as_json: bool) -> int:
+    from vvupipe.vhost_user.trace_lines import trace_lines
+    from vvupipe.vhost_user.trace_relay import TraceRelay, run_until_signal
+    from vvupipe.vhost_user.tracer import Tracer
+
+    relay = TraceRelay(back_end, listen, Tracer(trace_lines(stream, as_json=as_json)), _say)
+    try:
+        _say(f"tracing {back_end}: connect the front-end to {listen}")
+        await run_until_signal(relay)
+    finally:
+        relay.close()
+    return 0
+
+
+def _say(line: str) -> None:
+    click.echo(f"vvupipe trace: {line}", err=True)
