@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import click
 
@@ -46,6 +47,14 @@ def check_cpus(cpus: list[int] | None) -> list[int]:
             f"choose from {','.join(map(str, allowed))}"
         )
     return cpus
+
+
+def open_output(path: Path) -> TextIO:
+    """A file for a trace, emptied. Raises: UserError."""
+    try:
+        return path.open("w")
+    except OSError as error:
+        raise UserError(f"the trace cannot be written to {path}: {error.strerror}") from error
 
 
 def set_up_logging(verbose: int) -> None:

@@ -9,7 +9,7 @@ from typing import TextIO
 
 import click
 
-from vvupipe.cli.parameters import json_option, set_up_logging, verbose_option
+from vvupipe.cli.parameters import json_option, open_output, set_up_logging, verbose_option
 from vvupipe.errors import UserError
 
 
@@ -31,16 +31,8 @@ def trace(back_end: Path, listen: Path | None, output: Path | None, as_json: boo
         raise UserError(f"--listen {listen} is the back-end's own socket: choose another path")
     if output is None:
         return asyncio.run(_trace(back_end, listen, sys.stdout, as_json))
-    with open_trace(output) as stream:
+    with open_output(output) as stream:
         return asyncio.run(_trace(back_end, listen, stream, as_json))
-
-
-def open_trace(path: Path) -> TextIO:
-    """A file for a trace, emptied. Raises: UserError."""
-    try:
-        return path.open("w")
-    except OSError as error:
-        raise UserError(f"the trace cannot be written to {path}: {error.strerror}") from error
 
 
 async def _trace(back_end: Path, listen: Path, stream: TextIO, as_json: bool) -> int:

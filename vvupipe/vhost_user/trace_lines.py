@@ -6,12 +6,13 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from vvupipe.vhost_user.bit_names import Bits
 from vvupipe.vhost_user.describe import Side
 from vvupipe.vhost_user.messages import FLAG_REPLY
-from vvupipe.vhost_user.tracer import Exchange, Lines
+from vvupipe.vhost_user.tracer import Exchange, Lines, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,18 @@ class _Output:
 def trace_lines(stream: TextIO, *, as_json: bool, label: str = "") -> Lines:
     """A trace to `stream`. label: which proxy, when a VM has several."""
     return JsonLines(stream, label) if as_json else TextLines(stream, label)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOutput:
+    """Where the traces of a VM's proxies go."""
+
+    stream: TextIO
+    as_json: bool = False
+
+    def tracer(self, label: str) -> Tracer:
+        """A tracer whose lines begin with `label`, empty for none."""
+        return Tracer(trace_lines(self.stream, as_json=self.as_json, label=label))
 
 
 class TextLines:
