@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
@@ -49,10 +50,10 @@ def check_cpus(cpus: list[int] | None) -> list[int]:
     return cpus
 
 
-def open_output(path: Path) -> TextIO:
-    """A file for a trace, emptied. Raises: UserError."""
+def open_output(path: Path) -> FileIO:
+    """An unbuffered file, emptied. Raises: UserError."""
     try:
-        return path.open("w")
+        return path.open("wb", buffering=0)
     except OSError as error:
         raise UserError(f"the trace cannot be written to {path}: {error.strerror}") from error
 

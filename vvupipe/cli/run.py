@@ -137,8 +137,8 @@ def run(**options: Any) -> int:
             return _run_device_vm(options, None)
         from vvupipe.vhost_user.trace_lines import TraceOutput
 
-        with open_output(options["trace"]) as stream:
-            return _run_device_vm(options, TraceOutput(stream, options["as_json"]))
+        with open_output(options["trace"]) as sink:
+            return _run_device_vm(options, TraceOutput(sink, options["as_json"]))
     _refuse(options, ("trace",), "goes with --vvu-proxy")
     if options["disks"]:
         return _run_sibling(options) if options["kernel"] is None else _run_qemu_sibling(options)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 import click
 
@@ -29,18 +29,16 @@ def trace(back_end: Path, listen: Path | None, output: Path | None, as_json: boo
     listen = listen or back_end.with_name(back_end.name + ".trace")
     if listen.absolute() == back_end.absolute():
         raise UserError(f"--listen {listen} is the back-end's own socket: choose another path")
-    if output is None:
-        return asyncio.run(_trace(back_end, listen, sys.stdout, as_json))
-    with open_output(output) as stream:
-        return asyncio.run(_trace(back_end, listen, stream, as_json))
+    with open_output(output) if output else open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as sink:
+        return asyncio.run(_trace(back_end, listen, sink, as_json))
 
 
-async def _trace(back_end: Path, listen: Path, stream: TextIO, as_json: bool) -> int:
+async def _trace(back_end: Path, listen: Path, sink: FileIO, as_json: bool) -> int:
     from vvupipe.vhost_user.trace_lines import trace_lines
     from vvupipe.vhost_user.trace_relay import TraceRelay, run_until_signal
     from vvupipe.vhost_user.tracer import Tracer
 
-    relay = TraceRelay(back_end, listen, Tracer(trace_lines(stream, as_json=as_json)), _say)
+    relay = TraceRelay(back_end, listen, Tracer(trace_lines(sink, as_json=as_json)), _say)
     try:
         _say(f"tracing {back_end}: connect the front-end to {listen}")
         await run_until_signal(relay)

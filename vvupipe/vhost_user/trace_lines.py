@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 from vvupipe.vhost_user.bit_names import Bits
 from vvupipe.vhost_user.describe import Side
@@ -17,47 +17,59 @@ from vvupipe.vhost_user.tracer import Exchange, Lines, Tracer
 log = logging.getLogger(__name__)
 
 _HEX_BYTES = 32  # of a payload in a line for people; JSON has all of it
+_FULL_S = 0.01  # until a terminal that another program made non-blocking takes more
+
+
+class Sink(Protocol):
+    """Where bytes go at once: an unbuffered binary file."""
+
+    def write(self, data: bytes, /) -> int | None:
+        """How many bytes it took; None: none, for now. Raises: OSError."""
 
 
 class _Output:
-    """Lines to a stream, flushed one by one. What was asked to pass messages on goes on when nobody reads them."""
+    """Lines to a sink. Passing messages on is what a trace's user needs most: it goes on when nobody reads any more."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream: TextIO | None = stream
+    def __init__(self, sink: Sink) -> None:
+        self._sink: Sink | None = sink
 
     def write(self, line: str) -> None:
-        if self._stream is None:
-            return
-        try:
-            self._stream.write(line + "\n")
-            self._stream.flush()
-        except OSError as error:
-            self._stream = None
-            log.error("the trace ends here, the messages still pass: %s", error.strerror)
+        data = f"{line}\n".encode(errors="backslashreplace")
+        while self._sink and data:
+            try:
+                taken = self._sink.write(data)
+            except OSError as error:
+                self._sink = None
+                log.error("the trace ends here, the messages still pass: %s", error.strerror)
+                return
+            if taken is None:
+                time.sleep(_FULL_S)
+            else:
+                data = data[taken:]
 
 
-def trace_lines(stream: TextIO, *, as_json: bool, label: str = "") -> Lines:
-    """A trace to `stream`. label: which proxy, when a VM has several."""
-    return JsonLines(stream, label) if as_json else TextLines(stream, label)
+def trace_lines(sink: Sink, *, as_json: bool, label: str = "") -> Lines:
+    """A trace to `sink`. label: which proxy, when a VM has several."""
+    return JsonLines(sink, label) if as_json else TextLines(sink, label)
 
 
 @dataclass(frozen=True, slots=True)
 class TraceOutput:
     """Where the traces of a VM's proxies go."""
 
-    stream: TextIO
+    sink: Sink
     as_json: bool = False
 
     def tracer(self, label: str) -> Tracer:
         """A tracer whose lines begin with `label`, empty for none."""
-        return Tracer(trace_lines(self.stream, as_json=self.as_json, label=label))
+        return Tracer(trace_lines(self.sink, as_json=self.as_json, label=label))
 
 
 class TextLines:
     """Implements tracer.Lines for people. label: which proxy, when there are several."""
 
-    def __init__(self, stream: TextIO, label: str = "") -> None:
-        self._output = _Output(stream)
+    def __init__(self, sink: Sink, label: str = "") -> None:
+        self._output = _Output(sink)
         self._label = f"{label} " if label else ""
 
     def note(self, stay: int, event: str, text: str) -> None:
@@ -149,8 +161,8 @@ def _printable(text: str) -> str:
 class JsonLines:
     """Implements tracer.Lines for programs; each object has "event", "time" (s since the epoch) and "stay"."""
 
-    def __init__(self, stream: TextIO, label: str = "") -> None:
-        self._output = _Output(stream)
+    def __init__(self, sink: Sink, label: str = "") -> None:
+        self._output = _Output(sink)
         self._label = {"proxy": label} if label else {}
 
     def note(self, stay: int, event: str, text: str) -> None:

@@ -288,6 +288,35 @@ def test_fds_stay_with_their_message(tmp_path):
         frontend.close()
 
 
+@pytest.mark.parametrize("gone", ["full disk", "reader that left"])
+def test_messages_pass_when_the_trace_cannot_be_written(tmp_path, gone):
+    path, listen = tmp_path / "raw.sock", tmp_path / "listen.sock"
+    command = [sys.executable, "-m", "vvupipe", "trace", path, "--listen", listen]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with raw_back_end(path) as accepted:
+        process = subprocess.Popen(
+            command + (["--output", "/dev/full"] if gone == "full disk" else []),
+            stdin=subprocess.DEVNULL, stdout=writing, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        os.close(writing)
+        try:
+            frontend = fe.Frontend(listen)
+            back_end = accepted()
+            for request in (fe.SET_OWNER, fe.GET_FEATURES):
+                frontend.send(request)
+                assert back_end.recv(100) == struct.pack("=III", request, 1, 0)
+            frontend.close()
+            process.terminate()
+            errors = process.communicate(timeout=10)[1]
+        finally:
+            process.kill()
+            process.wait(10)
+    assert process.returncode == 0
+    assert errors.count("the trace ends here, the messages still pass") == 1
+    assert len(errors.splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -31,15 +31,15 @@ def as_json(request):
 
 def traced(story, *, as_json=False, label=""):
     """The lines of a stay in which `story(stay)` happens, without those of its beginning and end."""
-    stream = io.StringIO()
+    sink = io.BytesIO()
 
     async def run():
-        stay = TraceOutput(stream, as_json).tracer(label).stay("connected")
+        stay = TraceOutput(sink, as_json).tracer(label).stay("connected")
         await story(stay)
         stay.end("left")
 
     asyncio.run(run())
-    lines = stream.getvalue().splitlines()
+    lines = sink.getvalue().decode().splitlines()
     if as_json:
         objects = [json.loads(line) for line in lines]
         assert (objects[0]["event"], objects[-1]["event"]) == ("connected", "disconnected")
@@ -199,7 +199,7 @@ def test_names_of_peers_files_stay_in_their_line(tmp_path):
     assert line == f"front-end SET_LOG_FD(fd=<{tmp_path}/two\\nlines\\x1b[2J>)"
 
 
-class Full(io.StringIO):
+class Full(io.BytesIO):
     def write(self, text):
         raise OSError(28, "No space left on device")
 
