@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 import signal
 import socket
+import stat
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -76,7 +78,7 @@ class TraceRelay:
                 sock.close()
             except OSError as error:
                 sock.close()
-                raise UserError(f"cannot connect to {self._back_end_path}: {error.strerror}") from error
+                raise UserError(f"cannot connect to {self._back_end_path}: {error.strerror or error}") from error
             else:
                 return sock
             if not said:
@@ -147,11 +149,10 @@ class _Connection:
         """The back-end channel of a SET_BACKEND_REQ_FD runs through here."""
         if message.request != Request.SET_BACKEND_REQ_FD or message.is_reply or len(message.fds) != 1:
             return
-        try:
-            theirs = socket.socket(fileno=message.fds[0])
-        except OSError:
-            return  # no socket: the back-end will see for itself
+        if not stat.S_ISSOCK(os.fstat(message.fds[0]).st_mode):
+            return  # the back-end will see for itself
         ours, given = socket.socketpair()
+        theirs = socket.socket(fileno=message.fds[0])
         message.fds[0] = given.detach()
         task = asyncio.create_task(self._relay_channel(MessageSocket(theirs), MessageSocket(ours)))
         self._channels.add(task)

@@ -288,6 +288,48 @@ def test_fds_stay_with_their_message(tmp_path):
         frontend.close()
 
 
+def test_back_end_channel_passes_on_fds_both_ways_and_ends_with_either_side(tmp_path):
+    path = tmp_path / "raw.sock"
+    with raw_back_end(path) as accepted, tracing(tmp_path, path) as trace:
+        frontend = fe.Frontend(trace.socket)
+        back_end = accepted()
+        for closer in (0, 1):
+            ours, given = socket.socketpair()
+            frontend.send(fe.SET_BACKEND_REQ_FD, fds=[given.fileno()])
+            given.close()
+            data, (fd,), _, _ = socket.recv_fds(back_end, 12, 8)
+            assert struct.unpack("=III", data) == (fe.SET_BACKEND_REQ_FD, 1, 0)
+            ends = [ours, socket.socket(fileno=fd)]
+            event = os.eventfd(0)
+            request = struct.pack("=III", 8, 1 | fe.NEED_REPLY, 16) + bytes(16)  # SHARED_OBJECT_LOOKUP
+            ends[1].sendmsg([request])
+            assert ends[0].recv(100) == request
+            reply = struct.pack("=IIIQ", 8, 1 | fe.REPLY, 8, 0)
+            socket.send_fds(ends[0], [reply], [event])
+            answer = ends[1].recvmsg(len(reply), socket.CMSG_SPACE(4), socket.MSG_WAITALL)
+            assert answer[0] == reply
+            os.eventfd_write(struct.unpack("=i", answer[1][0][2])[0], 1)
+            assert os.eventfd_read(event) == 1
+            os.close(struct.unpack("=i", answer[1][0][2])[0])
+            os.close(event)
+            ends[closer].close()
+            assert ends[1 - closer].recv(1) == b""
+            ends[1 - closer].close()
+        # What is no socket is the back-end's business.
+        event = os.eventfd(5)
+        frontend.send(fe.SET_BACKEND_REQ_FD, fds=[event])
+        _, (fd,), _, _ = socket.recv_fds(back_end, 12, 8)
+        assert os.eventfd_read(fd) == 5
+        os.close(fd)
+        os.close(event)
+        frontend.close()
+        trace.wait_for("+++ front-end 1 left after 7 messages")
+    assert (
+        trace.text().count("SHARED_OBJECT_LOOKUP(uuid=00000000-0000-0000-0000-000000000000) = code=0, fd=<eventfd>")
+        == 2
+    )
+
+
 @pytest.mark.parametrize("gone", ["full disk", "reader that left"])
 def test_messages_pass_when_the_trace_cannot_be_written(tmp_path, gone):
     path, listen = tmp_path / "raw.sock", tmp_path / "listen.sock"
