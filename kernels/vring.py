@@ -259,13 +259,14 @@ def refuse_kicks(ring):
 def resume(ring, base, heads, counters):
     """Find out where to go on in a ring that starts: at `base`, or where a former back-end left it.
 
-    heads, counters: int64[size], uint64[size] for the chains to do again. Returns (OK or ERR_INFLIGHT; their number).
+    heads, counters: int64[size], uint64[size] for the chains to do again. Returns (OK, ERR_INFLIGHT or
+    ERR_RING_BASE; their number).
     """
     count = 0
     if ring.packed:
         used = inflight_packed.settle(ring, base)
         if used < 0:
-            return ERR_INFLIGHT, 0
+            return used, 0
         ring.used_idx = uint16(used)
         count, slots = inflight_packed.list_inflight(ring, heads, counters)
         if slots > ring.size:
