@@ -87,6 +87,11 @@ class RingPair:
     def address(self, piece, offset):
         return self._addresses[piece] + offset if piece >= 0 else 0
 
+    def kernel_piece(self, piece):
+        """The kernel's copy of a piece."""
+        start = self._starts[piece]
+        return self._kernel_bytes[start : start + len(self.memory.pieces[piece])]
+
     def tables(self):
         """The kernel's region tables: the memory table, and what addresses of the driver mean."""
         self.table = np.array(
