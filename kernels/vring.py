@@ -173,12 +173,13 @@ def give_back(ring, memory, head, written):
         if ring.log_bytes and ring.log_used:
             dirty_log.mark(ring, memory, slot, uint64(DESC_SIZE))
         return
-    if ring.log_bytes:
-        slot = uint64(ring.used_idx) & uint64(ring.size - 1)
-        dirty_log.mark_used(ring, uint64(USED_RING) + uint64(USED_ELEM_SIZE) * slot, USED_ELEM_SIZE)
+    slot = uint64(ring.used_idx) & uint64(ring.size - 1)
     if ring.inflight != _ZERO:
         inflight_split.note_used(ring, head)
     split_ring.put_used(ring, head, written)
+    if ring.log_bytes:
+        # After the write: a page that is marked before may be copied before, and nobody comes back to it.
+        dirty_log.mark_used(ring, uint64(USED_RING) + uint64(USED_ELEM_SIZE) * slot, USED_ELEM_SIZE)
     if ring.inflight != _ZERO:
         split_ring.publish(ring)
         inflight_split.note_published(ring, head)
@@ -226,13 +227,13 @@ def call_if_wanted(ring, one_address):
 @kernel
 def want_kicks(ring):
     """Ask for a kick at the next available chain. True when one is there already: do not sleep."""
+    more = packed_ring.want_kicks(ring) if ring.packed else split_ring.want_kicks(ring)
     if ring.log_bytes:
         if ring.packed:
             dirty_log.mark_used(ring, 0, EVENT_BYTES)
         else:
             dirty_log.mark_used(ring, 0, 2)
             dirty_log.mark_used(ring, uint64(USED_RING) + uint64(USED_ELEM_SIZE) * uint64(ring.size), 2)
-    more = packed_ring.want_kicks(ring) if ring.packed else split_ring.want_kicks(ring)
     return more or ring.resubmit_next < ring.resubmit_count
 
 

@@ -489,6 +489,32 @@ def test_status_and_reset(backend):
     memory.close()
 
 
+@pytest.mark.parametrize("layout", [0, fe.F_PACKED])
+def test_paused_vm_goes_on_after_a_status_reset(backend, layout):
+    """QEMU before 8.1: SET_STATUS 0, then GET_VRING_BASE; the ring goes on from there."""
+    memory = GuestMemory()
+    features = PLAIN | layout | (1 << 11)
+    frontend = negotiated(backend, features)
+    frontend.set_memory(memory)
+    frontend.tell(fe.SET_STATUS, struct.pack("=Q", 15))
+    disk = disk_on(frontend, memory, features)
+    frontend.tell(fe.SET_CONFIG, struct.pack("=III", 32, 1, 0) + b"\0")
+    content = [disk.read(sector, 512) for sector in range(5)]
+    frontend.tell(fe.SET_STATUS, struct.pack("=Q", 0))
+    base = frontend.stop_vring(0)
+    position = disk.ring.position() if layout else 5
+    assert base == (position | position << 16 if layout else position)
+    assert frontend.stop_vring(0) == base, "and again"
+    assert frontend.get_config(32, 1) == b"\0", "the guest believes in its write-through"
+    frontend.tell(fe.SET_FEATURES, struct.pack("=Q", features))
+    frontend.start_vring(0, disk.ring, base)
+    assert [disk.read(sector, 512) for sector in range(5)] == content
+    frontend.tell(fe.RESET_DEVICE)
+    assert frontend.get_config(32, 1) == b"\1"
+    frontend.close()
+    memory.close()
+
+
 def test_message_whose_feature_was_not_negotiated_is_refused(backend):
     frontend = negotiated(backend, protocol=fe.REPLY_ACK)
     with pytest.raises(fe.Refused):

@@ -238,18 +238,22 @@ class Session:
         await self._vrings.stop_all()
 
     async def _reset_device(self, message: Message) -> None:
+        await self._reset_virtio()
+        self._device.reset()
+
+    async def _reset_virtio(self) -> None:
         await self._vrings.reset()
         self._vrings.features = 0
         self._status = 0
         await self._memory.set_logging(False)
-        self._device.reset()
 
     async def _set_status(self, message: Message) -> None:
         status = unpack_u64(message)
         if status > _STATUS_MAX:
             raise ProtocolError(f"device status {status:#x} has more than 8 bits")
         if status == 0 and self._status:
-            await self._reset_device(message)
+            # QEMU pauses a VM like this as well, and does not tell a driver's write cache again: that stays.
+            await self._reset_virtio()
         self._status = status
 
     async def _get_status(self, message: Message) -> bytes:

@@ -64,9 +64,11 @@ class SessionVrings:
             await self._stop(vring)
 
     async def reset(self) -> None:
-        """Stop and disable every vring and forget where it was."""
+        """Stop and disable every vring. GET_VRING_BASE tells where it was until it gets a base or starts again."""
         await self.stop_all()
         for vring in self._vrings:
+            if vring.last_avail_idx is not None:
+                vring.stopped_at = self._base_state(vring)
             vring.reset()
         self._forget_inflight()
 
@@ -132,7 +134,9 @@ class SessionVrings:
     async def set_base(self, message: Message) -> None:
         """SET_VRING_BASE. A packed ring's used index, in the upper half, equals the other: nothing is under way."""
         state = VringState.unpack(message)
-        self._stopped_vring(state.index).last_avail_idx = state.num & 0xFFFF
+        vring = self._stopped_vring(state.index)
+        vring.last_avail_idx = state.num & 0xFFFF
+        vring.stopped_at = None
 
     async def get_base(self, message: Message) -> bytes:
         """GET_VRING_BASE: stop the ring."""
@@ -142,8 +146,9 @@ class SessionVrings:
         if not self.running:
             # A firmware's driver ran before the guest switched its IOMMU on: nobody tells that its translations end.
             await self._device.pool.forget_translations()
-        base = self._base(vring)
-        return VringState(vring.index, base | base << 16 if self.packed else base).pack()
+        # QEMU before 8.1 resets the status first and asks then; a paused VM goes on from the answer.
+        num = self._base_state(vring) if vring.stopped_at is None else vring.stopped_at
+        return VringState(vring.index, num).pack()
 
     async def set_kick(self, message: Message) -> None:
         """SET_VRING_KICK."""
@@ -239,6 +244,11 @@ class SessionVrings:
             return PACKED_WRAP if self.packed else 0
         return vring.last_avail_idx
 
+    def _base_state(self, vring: Vring) -> int:
+        """As SET_VRING_BASE and GET_VRING_BASE put it: a packed ring's used index stands in the upper half."""
+        base = self._base(vring)
+        return base | base << 16 if self.packed else base
+
     async def _start_if_complete(self, vring: Vring) -> None:
         if vring.running or not vring.complete or not self._has_memory():
             return
@@ -251,6 +261,7 @@ class SessionVrings:
             raise
         base = self._base(vring)
         vring.running = True
+        vring.stopped_at = None
         if answer.again:
             log.warning("vring %d: %d requests that were under way are done again", vring.index, answer.again)
         elif answer.last_avail_idx != base:

@@ -18,6 +18,7 @@ class Vring:
     flags: int = 0  #: of SET_VRING_ADDR
     log_gpa: int = 0
     last_avail_idx: int | None = None  #: None: never told, so the start of the ring
+    stopped_at: int | None = None  #: what GET_VRING_BASE would have told before the last reset
     enabled: bool = False
     kicked: bool = False  #: SET_VRING_KICK came since the last stop, with an fd or without (polling)
     kick_fd: int = -1
@@ -52,7 +53,7 @@ class Vring:
         setattr(self, which, doorbell)
 
     def reset(self) -> None:
-        """As at the start of a session, but for the eventfds."""
+        """As at the start of a session, but for the eventfds and `stopped_at`."""
         self.drop_kick()
         self.size = self.flags = self.log_gpa = 0
         self.addresses = self.last_avail_idx = None

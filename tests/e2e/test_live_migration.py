@@ -1,0 +1,118 @@
+"""Live migration between two QEMU processes, each with a back-end of its own on the same image.
+
+What the back-end writes into guest memory while QEMU copies it reaches the other side only by the dirty-page log: the
+guest fills its page cache from the disk all the time, and compares.
+"""
+
+import asyncio
+import os
+import re
+import time
+
+import guest_kit
+import pytest
+from backends import Process, vvupipe_command, vvupipe_environment, wait_until
+from qemu.qmp import QMPClient
+
+from vvupipe.vm.qemu_backend import is_listening
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
+
+MIB = 1 << 20
+READ_MIB = 16
+ROUNDS = 24
+SCRIPT = f"""
+known=$(dd if=/dev/vda bs=1M count={READ_MIB} 2>/dev/null | sha256sum)
+for i in $(seq {ROUNDS}); do
+    echo 3 >/proc/sys/vm/drop_caches
+    dd if=/dev/vda bs=1M count={READ_MIB} 2>/dev/null >/dev/null
+    now=$(dd if=/dev/vda bs=1M count={READ_MIB} 2>/dev/null | sha256sum)
+    [ "$now" = "$known" ] || exit 10
+    place=$(({READ_MIB} * 256 + i))
+    printf "block %04d" $i | dd of=/dev/vda bs=4k seek=$place conv=notrunc,fsync 2>/dev/null || exit 11
+    echo "round $i"
+done
+"""
+
+
+class Vm:
+    """A QEMU with the guest's console in a file; `incoming` waits for a migration."""
+
+    def __init__(self, folder, name, socket, initrd, packed, incoming=None):
+        self.console, self.monitor = folder / f"{name}.console", folder / f"{name}.qmp"
+        command = [
+            *("qemu-system-x86_64", "-machine", "q35,accel=tcg,memory-backend=ram", "-cpu", "max", "-m", "192M"),
+            *("-object", "memory-backend-memfd,id=ram,size=192M,share=on", "-nodefaults", "-display", "none"),
+            *("-kernel", str(guest_kit.kernel().image), "-initrd", str(initrd)),
+            *("-append", "console=ttyS0 panic=-1 quiet", "-serial", f"file:{self.console}", "-no-reboot"),
+            *("-chardev", f"socket,id=disk,path={socket}"),
+            *("-device", f"vhost-user-blk-pci,chardev=disk,num-queues=1,packed={'on' if packed else 'off'}"),
+            *("-qmp", f"unix:{self.monitor},server=on,wait=off"),
+            *(("-incoming", f"unix:{incoming}") if incoming else ()),
+        ]
+        self.process = Process(command, folder / f"{name}.log")
+
+    def text(self):
+        return self.console.read_text(errors="replace") if self.console.exists() else ""
+
+    def wait_for(self, text, timeout_s=100):
+        deadline = time.monotonic() + timeout_s
+        while text not in self.text():
+            self.process.check_alive()
+            assert time.monotonic() < deadline, f"no '{text}':\n{self.text()}\n{self.process.log.read_text()}"
+            time.sleep(0.05)
+
+
+async def migrate(source, target_socket):
+    """Migrate `source`, slowly enough for several passes over its memory. Returns QEMU's figures of it."""
+    client = QMPClient("source")
+    await client.connect(str(source.monitor))
+    try:
+        await client.execute("migrate-set-parameters", {"max-bandwidth": 48 * MIB, "downtime-limit": 800})
+        await client.execute("migrate", {"uri": f"unix:{target_socket}"})
+        async with asyncio.timeout(90):
+            while (info := await client.execute("query-migrate"))["status"] not in {"completed", "failed"}:
+                await asyncio.sleep(0.1)
+        assert info["status"] == "completed", info
+        await client.execute("quit")
+        return info["ram"]
+    finally:
+        await client.disconnect()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_guest_reads_and_writes_through_a_live_migration(qemu, packed, tmp_path):
+    image = tmp_path / "disk.img"
+    image.write_bytes(os.urandom((READ_MIB + 8) * MIB))
+    initrd = tmp_path / "initramfs"
+    initrd.write_bytes(guest_kit.base_initramfs() + guest_kit.initramfs.script_overlay(SCRIPT))
+    processes = []
+    try:
+        sockets = [tmp_path / f"{name}.sock" for name in ("source", "target")]
+        for socket in sockets:
+            command = vvupipe_command("device", "block", "--file", image, "--socket", socket, "--no-lock", "-v")
+            processes.append(Process(command, tmp_path / f"{socket.stem}-block.log", vvupipe_environment(tmp_path)))
+        wait_until(lambda: all(is_listening(socket) for socket in sockets), processes)
+        source = Vm(tmp_path, "source", sockets[0], initrd, packed)
+        processes.append(source.process)
+        incoming = tmp_path / "migration.sock"
+        target = Vm(tmp_path, "target", sockets[1], initrd, packed, incoming)
+        processes.append(target.process)
+        wait_until(incoming.exists, processes)
+        source.wait_for("round 3")
+        figures = asyncio.run(migrate(source, incoming))
+        assert figures["dirty-sync-count"] >= 3, figures
+        target.wait_for("vvupipe-guest: exit")
+        assert "vvupipe-guest: exit 0" in target.text(), target.text()
+    finally:
+        logs = "\n".join(process.log.read_text() for process in processes)
+        for process in reversed(processes):
+            process.end()
+    said = [int(number) for text in (source.text(), target.text()) for number in re.findall(r"round (\d+)", text)]
+    assert said == list(range(1, ROUNDS + 1)), "every round once, the last ones on the other side"
+    assert not re.search(rf"round {ROUNDS}\b", source.text())
+    blocks = image.read_bytes()[READ_MIB * MIB :]
+    assert [blocks[4096 * i : 4096 * i + 10] for i in range(1, ROUNDS + 1)] == [
+        b"block %04d" % i for i in range(1, ROUNDS + 1)
+    ]
+    assert "the dirty-page log is on" in logs
