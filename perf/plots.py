@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
+from perf.plain import count
 from perf.summary import MEMCPY, MEMCPY_AHEAD, Record, Results
 
 _DPI = 130
@@ -38,14 +39,6 @@ plt.rcParams.update(
         "grid.linewidth": 0.8,
     }
 )
-
-
-def short(value: float) -> str:
-    """2.41M, 152k, 87: for axes and bars."""
-    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
@@ -108,16 +101,16 @@ def _bars(
                 continue
             errors = [[spread.median - spread.low], [spread.high - spread.median]]
             panel.barh(row, spread.median, xerr=errors, color=palette[name], height=0.72, ecolor="#444444")
-            panel.text(spread.high, row, f" {short(spread.median)}", va="center", fontsize=7.5)
+            panel.text(spread.high, row, f" {count(spread.median)}", va="center", fontsize=7.5)
             most = max(most, spread.high)
         if limits and (limit := results.iops(case, MEMCPY)):
             panel.axvline(limit.median, color="#444444", linestyle="--", linewidth=1)
-            panel.text(limit.median, 1.0, f"memcpy {short(limit.median)}", ha="center", va="bottom", fontsize=7,
+            panel.text(limit.median, 1.0, f"memcpy {count(limit.median)}", ha="center", va="bottom", fontsize=7,
                        color="#444444", transform=panel.get_xaxis_transform())  # fmt: skip
             most = max(most, limit.median)
         panel.set_title(case.partition("/")[2], pad=12 if limits else 6)
         panel.set_xlim(0, most * 1.28 or 1)
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda number, _: short(number)))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda number, _: count(number)))
         panel.xaxis.set_major_locator(plt.MaxNLocator(3))
         panel.grid(axis="x")
         panel.set_xlabel(label)
@@ -216,7 +209,7 @@ def _lines(
         panel.set_xticks([number for number, _ in points], [str(number) for number, _ in points])
         panel.minorticks_off()
         panel.set_ylim(0)
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda number, _: short(number)))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda number, _: count(number)))
         panel.grid(axis="y")
         panel.set_title(group)
         panel.set_xlabel(label)
