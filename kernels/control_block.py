@@ -1,7 +1,8 @@
 """The control block: what coordinator and workers share about each worker and vring. Plain dtypes, no numba.
 
 One block serves one back-end: `workers` records, then `vrings` records, each 128-byte aligned so that two writers never
-share a cache line. Every field has one writer: the coordinator ("C") or the worker that serves the vring ("W").
+share a cache line; at its very end one SHAPE. Every field has one writer: the coordinator ("C") or the worker that
+serves the vring ("W").
 """
 
 import numpy as np
@@ -44,10 +45,15 @@ VRING = np.dtype(
 )
 assert VRING.itemsize == 128
 
+SHAPE_MAGIC = 0x6B6C62_6C727463  # "ctrlblk" in memory
+#: The last bytes of a block: who finds one, as perf/live_view.py does, learns what is in it.
+SHAPE = np.dtype([("magic", "<u8"), ("num_workers", "<u4"), ("num_vrings", "<u4")])  # C
+
 
 def block_bytes(num_workers: int, num_vrings: int) -> int:
     """Size of a block, a whole number of pages."""
-    return -(-(num_workers * WORKER.itemsize + num_vrings * VRING.itemsize) // 4096) * 4096
+    records = num_workers * WORKER.itemsize + num_vrings * VRING.itemsize
+    return -(-(records + SHAPE.itemsize) // 4096) * 4096
 
 
 def offset_of(record: np.dtype, field: str) -> int:

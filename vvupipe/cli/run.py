@@ -117,6 +117,13 @@ _WORKLOADS = ("randread", "randwrite", "read", "write", "randrw", "rw", "verify"
     show_default=True,
     help="Workload rw and randrw: percentage of reads.",
 )
+@click.option(
+    "--spin-us",
+    type=click.IntRange(0, 1_000_000),
+    default=200,
+    show_default=True,
+    help="Embedded sibling: longest time that its driver spins before it sleeps; 0 never spins.",
+)
 @click.option("--copy-out", type=click.Path(path_type=Path), help="Embedded sibling: copy the whole disk to a file.")
 @click.option("--copy-in", type=click.Path(path_type=Path), help="Embedded sibling: copy a file over the whole disk.")
 @click.option("--sha256", is_flag=True, help="Embedded sibling: read the whole disk and print its sha256.")
@@ -178,7 +185,19 @@ def _refuse(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
             raise UserError(f"{option} {why}")
 
 
-_WORK = ("workload", "bs", "iodepth", "runtime", "size", "numjobs", "rwmixread", "copy_out", "copy_in", "sha256")
+_WORK = (
+    "workload",
+    "bs",
+    "iodepth",
+    "runtime",
+    "size",
+    "numjobs",
+    "rwmixread",
+    "spin_us",
+    "copy_out",
+    "copy_in",
+    "sha256",
+)
 _MACHINE = ("initrd", "params", "accel", "qemu", "blocks", "shared_dirs", "serial")
 _REAL = (*_MACHINE, "carrier")
 
@@ -263,6 +282,7 @@ def _run_sibling(options: dict[str, Any]) -> int:
                 size=options["size"],
                 numjobs=options["numjobs"],
                 rwmixread=options["rwmixread"],
+                spin_max_ns=options["spin_us"] * 1000,
                 copy_out=options["copy_out"],
                 copy_in=options["copy_in"],
                 sha256=options["sha256"],

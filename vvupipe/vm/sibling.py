@@ -28,6 +28,7 @@ from vvupipe.vm.sibling_workload import (
     kernels_for,
     run_workload,
 )
+from vvupipe.vm.vcpu import SPIN_MAX_NS
 
 __all__ = ["SiblingOptions", "WorkloadResult", "WorkloadSpec", "open_disk", "run_sibling", "run_workload"]
 
@@ -40,7 +41,10 @@ _STUCK = -1  # requests did not come back: the disk cannot be used for more
 
 @dataclass(frozen=True, slots=True)
 class SiblingOptions:
-    """What the user asked for. Sizes in bytes; `cpus` None: the allowed ones, from the last one downwards."""
+    """What the user asked for. Sizes in bytes; `cpus` None: the allowed ones, from the last one downwards.
+
+    spin_max_ns: longest time that the driver spins before it sleeps; 0 never spins.
+    """
 
     socket_path: Path
     mem_mib: int = 128
@@ -55,6 +59,7 @@ class SiblingOptions:
     size: int | None = None
     numjobs: int = 1
     rwmixread: int = 50
+    spin_max_ns: int = SPIN_MAX_NS
     copy_out: Path | None = None
     copy_in: Path | None = None
     sha256: bool = False
@@ -95,6 +100,7 @@ async def open_disk(options: SiblingOptions, say: Callable[[str], None] = _say) 
         num_vrings=options.numjobs if options.workload else 1,
         queue_size=options.queue_size,
         timeout_s=options.timeout_s,
+        spin_max_ns=options.spin_max_ns,
         say=say,
     )
     try:

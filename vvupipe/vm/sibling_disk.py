@@ -26,7 +26,7 @@ from vvupipe.vhost_user.frontend import Frontend
 from vvupipe.vhost_user.messages import ProtocolFeature
 from vvupipe.vm.disk_facts import CONFIG_BYTES, FEATURES, DiskFacts
 from vvupipe.vm.sibling_layout import RING_PLACES, UVA_BASE, RamLayout, tags_max
-from vvupipe.vm.vcpu import ControlMemory, Counters, Vcpu
+from vvupipe.vm.vcpu import SPIN_MAX_NS, ControlMemory, Counters, Vcpu
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class SiblingDisk:
         queue_size: int,
         timeout_s: float | None,
         say: Callable[[str], None],
+        spin_max_ns: int = SPIN_MAX_NS,
     ) -> None:
         self.layout = RamLayout(mem_bytes, num_vrings, queue_size)
         self._path = socket_path
@@ -61,7 +62,7 @@ class SiblingDisk:
         self._ram_fd = shared.create_unnamed(mem_bytes)
         self.ram = Mapping(self._ram_fd, mem_bytes)
         self._control = ControlMemory(num_vrings)
-        self.vcpus = [Vcpu(index, cpus[index % len(cpus)], self._control) for index in range(num_vrings)]
+        self.vcpus = [Vcpu(index, cpus[index % len(cpus)], self._control, spin_max_ns) for index in range(num_vrings)]
         self._frontend: Frontend | None = None
         self._facts: DiskFacts | None = None
         self._err_fds: list[int] = []

@@ -76,10 +76,11 @@ class ControlMemory:
 class Vcpu:
     """One vCPU process. Every method belongs to the parent's event loop."""
 
-    def __init__(self, index: int, cpu: int, control: ControlMemory) -> None:
+    def __init__(self, index: int, cpu: int, control: ControlMemory, spin_max_ns: int = SPIN_MAX_NS) -> None:
         self.index = index
         self.cpu = cpu
         self._control = control
+        self._spin_max_ns = spin_max_ns
         self._record = control.record(index)
         self._done_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._handle: WorkerHandle | None = None
@@ -101,7 +102,7 @@ class Vcpu:
             "cpus": [self.cpu],
             "mem_bytes": mem_bytes,
             "control_bytes": self._control.size_bytes,
-            "spin_max_ns": SPIN_MAX_NS,
+            "spin_max_ns": self._spin_max_ns,
             "kernels": list(kernels),
         }
         await self._handle.command(opening, [ram_fd, self._control.fd, self._done_fd], OPEN_TIMEOUT_S)

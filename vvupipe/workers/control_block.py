@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -39,10 +40,26 @@ class ControlBlock:
         self.fd = create_unnamed(size_bytes) if fd is None else fd
         self._mapping = Mapping(self.fd, size_bytes)
         split = num_workers * layout.WORKER.itemsize
+        if fd is None:
+            shape = np.array([(layout.SHAPE_MAGIC, num_workers, num_vrings)], layout.SHAPE)
+            self._mapping.view[-layout.SHAPE.itemsize :] = shape.tobytes()
         self.workers = np.frombuffer(self._mapping.view, layout.WORKER, num_workers)
         self.vrings = np.frombuffer(self._mapping.view, layout.VRING, num_vrings, split)
         self._address = self._mapping.address
         self._split = split
+
+    @classmethod
+    def attach(cls, fd: int) -> ControlBlock:
+        """The block behind `fd`, whoever made it. Raises: ValueError when there is none; OSError."""
+        size_bytes = os.fstat(fd).st_size
+        tail = os.pread(fd, layout.SHAPE.itemsize, max(0, size_bytes - layout.SHAPE.itemsize))
+        if len(tail) < layout.SHAPE.itemsize:
+            raise ValueError("too small for a control block")
+        shape = np.frombuffer(tail, layout.SHAPE)[0]
+        workers, vrings = int(shape["num_workers"]), int(shape["num_vrings"])
+        if shape["magic"] != layout.SHAPE_MAGIC or layout.block_bytes(workers, vrings) != size_bytes:
+            raise ValueError("no control block, or one of another version")
+        return cls(workers, vrings, fd)
 
     def worker_address(self, index: int) -> int:
         """Address of a worker's record in this process."""

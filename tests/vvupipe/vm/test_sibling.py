@@ -68,6 +68,16 @@ def test_a_file_system_is_recognised(daemon, image, capsys):
     assert (found["disk"]["file_system"], found["disk"]["label"]) == ("ext4", "data")
 
 
+@pytest.mark.parametrize("spin_max_ns", [0, 1_000_000_000])
+def test_a_driver_that_may_not_spin_sleeps(daemon, capsys, spin_max_ns):
+    options = {"workload": "randread", "iodepth": 1, "size": 1 << 20, "spin_max_ns": spin_max_ns}
+    _, found = run_json(capsys, daemon.socket, **options)
+    result = found["workload"]
+    assert result["ok"]
+    # An answer may be there before the driver sleeps; but most of 256 come later.
+    assert result["sleeps"] > 20 if spin_max_ns == 0 else result["sleeps"] == 0
+
+
 @pytest.mark.parametrize("workload", ["randread", "randwrite", "read", "write", "randrw", "rw"])
 def test_workloads_move_what_they_should(daemon, image, capsys, workload):
     before = image.read_bytes()

@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""What the vrings of running back-ends do, second by second, from the counters in their shared memory.
+
+Without a process id it shows every back-end that this user may look at. Looking costs the back-end nothing. Requests
+for a call (or kick) are the batches that the two sides hand each other when they sleep; while both spin there are none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kernels import control_block as layout
+from perf.plain import count, table
+from vvupipe.workers.control_block import ControlBlock
+
+_STATES = {
+    layout.VRING_STOPPED: "stopped",
+    layout.VRING_RUNNING: "running",
+    layout.VRING_WAITING: "waiting",
+    layout.VRING_BROKEN: "BROKEN",
+}
+_BLOCK = re.compile(r"^/dev/shm/vvupipe-\d+-[0-9a-f]+ \(deleted\)$")
+_COUNTERS = ("requests", "errors", "read_bytes", "written_bytes", "flushes", "kicks", "calls")
+#: Counters that a later layout may have: what was waiting, and how often the worker looked and found something.
+_TURNS, _WAITING = "turns", "waiting_sum"
+
+
+@dataclass
+class Watched:
+    """One back-end: its control block and what was read of it last."""
+
+    pid: int
+    block: ControlBlock
+    before: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pid: int) -> Watched | None:
+        """None when process `pid` is no back-end, or not for us to look at."""
+        try:
+            for path in Path(f"/proc/{pid}/fd").iterdir():
+                if not _BLOCK.match(os.readlink(path)):
+                    continue
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    return cls(pid, ControlBlock.attach(fd))
+                except ValueError:
+                    os.close(fd)
+        except OSError:
+            return None
+        return None
+
+    def read(self) -> dict[str, Any]:
+        """The counters as they are now."""
+        names = [*_COUNTERS, *(name for name in (_TURNS, _WAITING) if name in (layout.VRING.names or ()))]
+        vrings = {
+            index: {"state": int(record["state"]), **{name: int(record[name]) for name in names}}
+            for index, record in enumerate(self.block.vrings)
+            if record["state"] != layout.VRING_STOPPED or record["requests"]
+        }
+        sleeps = [int(record["sleeps"]) for record in self.block.workers]
+        return {"time": time.monotonic(), "vrings": vrings, "sleeps": sleeps, "cpu_s": self._cpu_seconds()}
+
+    def _cpu_seconds(self) -> float:
+        processes = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+        return float(sum(sum(process.cpu_times()[:2]) for process in processes))
+
+    def step(self) -> dict[str, Any]:
+        """Rates since the last step; those since the start of the back-end are not told. Raises: psutil.Error."""
+        now, before = self.read(), self.before
+        self.before = now
+        if not before:
+            return {}
+        span = now["time"] - before["time"]
+        rows = []
+        for index, vring in now["vrings"].items():
+            old = before["vrings"].get(index, dict.fromkeys(vring, 0))
+            rows.append({"vring": index, **rates(old, vring, span)})
+        return {
+            "pid": self.pid,
+            "cpu_percent": 100 * (now["cpu_s"] - before["cpu_s"]) / span,
+            "sleeps_per_s": sum(b - a for a, b in zip(before["sleeps"], now["sleeps"], strict=True)) / span,
+            "vrings": rows,
+        }
+
+
+def rates(old: dict[str, int], new: dict[str, int], span: float) -> dict[str, Any]:
+    """What a vring did in `span` seconds. None: cannot be said (nobody was called, say)."""
+    step = {name: new[name] - old[name] for name in new if name != "state"}
+    found: dict[str, Any] = {"state": _STATES.get(new["state"], str(new["state"]))}
+    found |= {f"{name}_per_s": step[name] / span for name in _COUNTERS}
+    found["requests_per_call"] = step["requests"] / step["calls"] if step["calls"] else None
+    found["requests_per_kick"] = step["requests"] / step["kicks"] if step["kicks"] else None
+    if step.get(_TURNS):
+        found["batch"] = step["requests"] / step[_TURNS]
+        found["depth"] = step[_WAITING] / step[_TURNS]
+    return found
+
+
+def text(view: dict[str, Any]) -> str:
+    """A view for people."""
+    head = ["vring", "state", "IOPS", "read B/s", "write B/s", "calls/s", "kicks/s", "req/call", "req/kick", "errors/s"]
+    extra = ["batch", "depth"] if any("batch" in row for row in view["vrings"]) else []
+    rows = []
+    for row in view["vrings"]:
+        numbers = [
+            *(row[f"{name}_per_s"] for name in ("requests", "read_bytes", "written_bytes", "calls", "kicks")),
+            *(
+                row["requests_per_call"],
+                row["requests_per_kick"],
+                row["errors_per_s"],
+                *(row.get(key) for key in extra),
+            ),
+        ]
+        rows.append([str(row["vring"]), row["state"], *(count(number) for number in numbers)])
+    first = f"back-end {view['pid']}: {view['cpu_percent']:.0f} % CPU, {count(view['sleeps_per_s'])} sleeps/s"
+    return "\n".join([first, table([*head, *extra], rows) if rows else "  no vring was started yet"])
+
+
+def back_ends(pid: int | None) -> Iterator[Watched]:
+    """Process `pid`, or all there are."""
+    for each in psutil.pids() if pid is None else [pid]:
+        if each != os.getpid() and (watched := Watched.of(each)):
+            yield watched
+
+
+def main() -> int:
+    """Show until interrupted. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pid", type=int, nargs="?", help="of `vvupipe device block`  [default: all]")
+    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS")
+    parser.add_argument("--count", type=int, default=0, metavar="N", help="views, 0: until interrupted")
+    parser.add_argument("--json", action="store_true", help="a JSON line for each view of a back-end")
+    options = parser.parse_args()
+    # Workers have the block as well: the one that is nobody's child here is the back-end itself.
+    found = {watched.pid: watched for watched in back_ends(options.pid)}
+    watched = [each for each in found.values() if psutil.Process(each.pid).ppid() not in found]
+    if not watched:
+        whom = f"process {options.pid} is no back-end" if options.pid else "no back-end runs"
+        print(f"live_view: {whom}, or it belongs to another user", file=sys.stderr)
+        return 2
+    shown = 0
+    try:
+        while watched and (not options.count or shown <= options.count):
+            views = []
+            for each in list(watched):
+                try:
+                    views.append(each.step())
+                except psutil.Error:
+                    watched.remove(each)
+            views = [view for view in views if view]
+            if views and options.json:
+                print("\n".join(json.dumps(view) for view in views), flush=True)
+            elif views:
+                clear = "\x1b[H\x1b[J" if sys.stdout.isatty() else ""
+                print(clear + "\n\n".join(text(view) for view in views), flush=True)
+            shown += 1
+            if not options.count or shown <= options.count:
+                time.sleep(options.interval)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
