@@ -49,7 +49,14 @@ class Vm:
             *("qemu-system-x86_64", "-machine", "q35,accel=tcg,memory-backend=ram", "-cpu", "max", "-m", "192M"),
             *("-object", "memory-backend-memfd,id=ram,size=192M,share=on", "-nodefaults", "-display", "none"),
             *("-kernel", str(guest_kit.kernel().image), "-initrd", str(initrd)),
-            *("-append", "console=ttyS0 panic=-1 quiet", "-serial", f"file:{self.console}", "-no-reboot"),
+            # A guest that clears each page that it takes has it copied again for that, log or no log.
+            *(
+                "-append",
+                "console=ttyS0 panic=-1 quiet init_on_alloc=0",
+                "-serial",
+                f"file:{self.console}",
+                "-no-reboot",
+            ),
             *("-chardev", f"socket,id=disk,path={socket}"),
             *("-device", f"vhost-user-blk-pci,chardev=disk,num-queues=1,packed={'on' if packed else 'off'}"),
             *("-qmp", f"unix:{self.monitor},server=on,wait=off"),
