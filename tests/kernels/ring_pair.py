@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import struct
 
 import numpy as np
 
@@ -156,6 +157,14 @@ class RingPair:
         self._model_bytes[:] = self._kernel_bytes
         if self.model_inflight is not None:
             self.model_inflight[:] = self.inflight_bytes.tobytes()
+
+    def model_inflight_word(self, offset):
+        """(le16) of the model's inflight region."""
+        return struct.unpack_from("<H", self.model_inflight, offset)
+
+    def take_over_region(self):
+        """The kernel gets the model's inflight region, as from a back-end of another make."""
+        self.inflight_bytes[:] = np.frombuffer(self.model_inflight, np.uint8)
 
     def check_guards(self):
         """Nothing was written around the pieces of guest memory."""

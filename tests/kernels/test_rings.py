@@ -114,6 +114,7 @@ class Operations:
             driver.reap()
 
 
+@pytest.mark.timeout(400)
 @LAYOUTS
 def test_half_a_million_operations(packed, capsys):
     """Twice this is what a run of CI does at least; most go by in batches, a share of them in single steps."""
@@ -281,4 +282,36 @@ def test_killed_anywhere_and_resumed(packed, seed):
     assert pair.echo(100, 1)[1] is None
     assert reaped + driver.reap() == put_in_all
     assert not driver.outstanding
+    pair.close()
+
+
+@examples(150)
+@given(seed=SEEDS)
+def test_batch_of_another_back_end(seed):
+    """One that uses chains in any order and several at once (ours never does) died before it noted that in the region.
+
+    What it used is not done again, the rest is.
+    """
+    rng = random.Random(seed)
+    pair, driver = new_world(rng, False, size=16, inflight=True, log=False)
+    start = driver.used_idx
+    put_in_all = put(driver, 8)
+    model, place = pair.model, pair.place
+    taken = []
+    for _ in range(rng.randrange(1, put_in_all + 1)):
+        taken.append(model.look())
+        model.take(taken[-1])
+    batch = rng.sample(taken, rng.randrange(len(taken) + 1))
+    for k, chain in enumerate(batch):
+        # Steps 1 to 5 of "When supplying used buffers", without 6 and 7.
+        struct.pack_into("<H", pair.model_inflight, 16 + 16 * chain.head + 6, *pair.model_inflight_word(12))
+        struct.pack_into("<H", pair.model_inflight, 12, chain.head)
+        pair.memory.pack("<II", 0, place.used + 4 + 8 * ((start + k) % place.size), chain.head, 0)
+    pair.memory.pack("<H", 0, place.used + 2, (start + len(batch)) & 0xFFFF)
+    pair.take_over_region()
+    assert pair.start(takes_over=True) == status.OK
+    assert len(pair.model.again) == len(taken) - len(batch)
+    assert pair.echo(100, 2)[1] is None
+    used = [pair.memory.unpack("<I", 0, place.used + 4 + 8 * ((start + k) % 16))[0] for k in range(put_in_all)]
+    assert sorted(used) == sorted(head for head, _ in driver.outstanding)
     pair.close()
