@@ -417,9 +417,11 @@ def test_inflight_region_of_impossible_size(backend, numbers):
 
 def test_inflight_region_that_is_too_small(backend):
     frontend = negotiated(backend)
-    body, fd, *_ = inflight_region(frontend)
+    body, fd, size_bytes, _ = inflight_region(frontend)
     with pytest.raises(fe.Refused):
         frontend.tell(fe.SET_INFLIGHT_FD, struct.pack("=QQHH4x", 64, 0, 2, 16), [fd])
+    with pytest.raises(fe.Refused):
+        frontend.tell(fe.SET_INFLIGHT_FD, struct.pack("=QQHH4x", size_bytes - 8, 4, 1, 16), [fd])
     frontend.tell(fe.SET_INFLIGHT_FD, body, [fd])
     frontend.close()
     os.close(fd)

@@ -25,6 +25,7 @@ ROUNDS = 20
 # Each round fills the page cache with another part of the disk and reads it again from there: what the last rounds
 # before the end of the migration brought into memory is looked at on the other side.
 SCRIPT = f"""
+exec 3</dev/vda  # the last one who closes it empties its page cache
 part() {{ dd if=/dev/vda bs=1M skip=$(($1 * {PART_MIB})) count={PART_MIB} 2>/dev/null | md5sum; }}
 for p in $(seq 0 {PARTS - 1}); do part $p >/tmp/known$p; done
 for i in $(seq {ROUNDS}); do
