@@ -131,10 +131,8 @@ class _Connection:
         }
         try:
             done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-            for pump, reason in pumps.items():
-                if pump in done:
-                    return f"was cut off: {pump.result()}," if pump.result() else reason
-            raise AssertionError("unreachable")
+            pump = next(pump for pump in pumps if pump in done)
+            return f"was cut off: {pump.result()}," if pump.result() else pumps[pump]
         finally:
             await _end([*pumps, *self._channels])
             self._front_end.close()
@@ -142,12 +140,12 @@ class _Connection:
 
     async def _forward(self, source: MessageSocket, target: MessageSocket, sender: Side) -> str:
         """Pass on what `sender` sends. What ended it, empty when the sender left."""
-
-        return await _pump(source, target, partial(self._stay.message, sender), self._put_between)
+        adapt = self._put_between if sender is Side.FRONT_END else None
+        return await _pump(source, target, partial(self._stay.message, sender), adapt)
 
     def _put_between(self, message: Message) -> None:
         """The back-end channel of a SET_BACKEND_REQ_FD runs through here."""
-        if message.request != Request.SET_BACKEND_REQ_FD or message.is_reply or len(message.fds) != 1:
+        if message.request != Request.SET_BACKEND_REQ_FD or len(message.fds) != 1:
             return
         if not stat.S_ISSOCK(os.fstat(message.fds[0]).st_mode):
             return  # the back-end will see for itself
