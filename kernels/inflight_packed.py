@@ -2,6 +2,8 @@
 
 A packed ring itself does not tell where a back-end that was killed stood, so that workers always keep such a region:
 the front-end's, or one of the pool's own. What is read from it is checked like anything of a driver.
+
+The order of the stores is what a successor relies on: a release store keeps the compiler from changing it.
 """
 
 import numpy as np
@@ -16,13 +18,16 @@ from kernels.memory import (
     load_u16,
     load_u32,
     load_u64,
+    store_release_u8,
+    store_release_u16,
+    store_release_u64,
     store_u8,
     store_u16,
     store_u32,
     store_u64,
 )
 from kernels.packed_ring import advance, entry_of, is_available
-from kernels.status import ERR_INFLIGHT
+from kernels.status import ERR_INFLIGHT, ERR_RING_BASE
 from kernels.virtio_layout import PACKED_WRAP
 
 _VERSION = np.uint64(offset_of(layout.PACKED_HEAD, "version"))
@@ -48,6 +53,10 @@ _LEN_MASK = np.uint64(0xFFFFFFFF)
 _ID_SHIFT = np.uint64(32)
 _FLAGS_SHIFT = np.uint64(48)
 _SLOT_MASK = PACKED_WRAP - 1
+# Within the 8 bytes at used_idx.
+_OLD_SLOT_SHIFT = np.uint64(8 * (offset_of(layout.PACKED_HEAD, "old_used_idx") - int(_USED_IDX)))
+_WRAP_SHIFT = np.uint64(8 * (offset_of(layout.PACKED_HEAD, "used_wrap_counter") - int(_USED_IDX)))
+_OLD_WRAP_SHIFT = np.uint64(8 * (offset_of(layout.PACKED_HEAD, "old_used_wrap_counter") - int(_USED_IDX)))
 
 
 @kernel
@@ -79,9 +88,9 @@ def note_taken(ring, copied):
     store_u16(state + _LAST, uint16(last))
     store_u64(state + _COUNTER, ring.counter)
     ring.counter += uint64(1)
-    store_u8(state, uint8(1))
-    store_u16(ring.inflight + _FREE_HEAD, uint16(free))
-    store_u16(ring.inflight + _OLD_FREE_HEAD, uint16(free))
+    store_release_u8(state, uint8(1))
+    store_release_u16(ring.inflight + _FREE_HEAD, uint16(free))
+    store_release_u16(ring.inflight + _OLD_FREE_HEAD, uint16(free))
     ring.entry = head
     return 0
 
@@ -101,16 +110,29 @@ def note_used(ring):
 @kernel
 def note_published(ring):
     """The driver has it now."""
-    store_u8(state_at(ring, ring.entry), uint8(0))
+    store_release_u8(state_at(ring, ring.entry), uint8(0))
     commit(ring)
+
+
+@kernel
+def store_used(ring, slot, wrap):
+    """Set used_idx, old_used_idx and both wrap counters by one store, which a death cannot cut in two.
+
+    With the old slot and the old wrap counter of two different moments, what to commit could not be told. They lie in
+    one aligned word, with 2 bytes of padding behind.
+    """
+    word = (
+        uint64(slot) | uint64(slot) << _OLD_SLOT_SHIFT | uint64(wrap) << _WRAP_SHIFT | uint64(wrap) << _OLD_WRAP_SHIFT
+    )
+    store_release_u64(ring.inflight + _USED_IDX, word)
 
 
 @kernel
 def commit(ring):
     """What was in progress is done."""
     store_u16(ring.inflight + _OLD_FREE_HEAD, load_u16(ring.inflight + _FREE_HEAD))
-    store_u16(ring.inflight + _OLD_USED_IDX, load_u16(ring.inflight + _USED_IDX))
-    store_u8(ring.inflight + _OLD_USED_WRAP, load_u8(ring.inflight + _USED_WRAP))
+    slot = int64(load_u16(ring.inflight + _USED_IDX))
+    store_used(ring, slot, int64(load_u8(ring.inflight + _USED_WRAP)) & 1)
 
 
 @kernel
@@ -121,10 +143,9 @@ def prepare(ring, position):
         store_u16(state_at(ring, k) + _NEXT, uint16(k + 1))
     store_u16(ring.inflight + _DESC_NUM, uint16(ring.size))
     store_u16(ring.inflight + _FREE_HEAD, uint16(0))
-    store_u16(ring.inflight + _USED_IDX, uint16(int64(position) & _SLOT_MASK))
-    store_u8(ring.inflight + _USED_WRAP, uint8(int64(position) >> 15))
-    commit(ring)
-    store_u16(ring.inflight + _VERSION, uint16(layout.VERSION))
+    store_u16(ring.inflight + _OLD_FREE_HEAD, uint16(0))
+    store_used(ring, int64(position) & _SLOT_MASK, int64(position) >> 15)
+    store_release_u16(ring.inflight + _VERSION, uint16(layout.VERSION))
 
 
 @kernel
@@ -132,9 +153,11 @@ def settle(ring, position):
     """Finish or take back what a former back-end was doing when it ended; a fresh region is made ready.
 
     position: where the front-end says that the ring stands, used for a fresh region only. Returns the used position,
-    or ERR_INFLIGHT.
+    ERR_RING_BASE or ERR_INFLIGHT. What is returned was read once: the front-end can write to the region at any time.
     """
     if load_u16(ring.inflight + _VERSION) == 0:
+        if int64(position) & _SLOT_MASK >= ring.size:
+            return int64(ERR_RING_BASE)
         prepare(ring, position)
         return int64(position)
     slot = int64(load_u16(ring.inflight + _USED_IDX))
@@ -146,17 +169,18 @@ def settle(ring, position):
     if slot != old_slot or wrap != old_wrap:
         before = uint16(old_slot | old_wrap << 15)
         if not is_available(load_acquire_u64(entry_of(ring, before) + _EIGHT), before):
-            commit(ring)
-    store_u16(ring.inflight + _FREE_HEAD, load_u16(ring.inflight + _OLD_FREE_HEAD))
-    store_u16(ring.inflight + _USED_IDX, load_u16(ring.inflight + _OLD_USED_IDX))
-    store_u8(ring.inflight + _USED_WRAP, load_u8(ring.inflight + _OLD_USED_WRAP))
-    free = int64(load_u16(ring.inflight + _FREE_HEAD))
+            store_u16(ring.inflight + _OLD_FREE_HEAD, load_u16(ring.inflight + _FREE_HEAD))
+            old_slot = slot
+            old_wrap = wrap
+    free = int64(load_u16(ring.inflight + _OLD_FREE_HEAD))
+    store_u16(ring.inflight + _FREE_HEAD, uint16(free))
+    store_used(ring, old_slot, old_wrap)
     for _ in range(ring.size):
         if free >= ring.size:
             break
         store_u8(state_at(ring, free), uint8(0))
         free = int64(load_u16(state_at(ring, free) + _NEXT))
-    return int64(load_u16(ring.inflight + _USED_IDX)) | (int64(load_u8(ring.inflight + _USED_WRAP)) & 1) << 15
+    return old_slot | old_wrap << 15
 
 
 @kernel

@@ -1,6 +1,7 @@
 """Inflight tracking of a split vring (docs/interop/vhost-user.rst, "Inflight I/O tracking").
 
-The region is the front-end's memory: what is read from it is checked like anything of a driver.
+The region is the front-end's memory: what is read from it is checked like anything of a driver. The order of the
+stores is what a successor relies on: a release store keeps the compiler from changing it.
 """
 
 import numpy as np
@@ -9,7 +10,16 @@ from numba import uint8, uint16, uint64
 from kernels import inflight_layout as layout
 from kernels.control_block import offset_of
 from kernels.jit import kernel
-from kernels.memory import load_u8, load_u16, load_u64, store_u8, store_u16, store_u64
+from kernels.memory import (
+    load_u8,
+    load_u16,
+    load_u64,
+    store_release_u8,
+    store_release_u16,
+    store_u8,
+    store_u16,
+    store_u64,
+)
 
 _VERSION = np.uint64(offset_of(layout.SPLIT_HEAD, "version"))
 _DESC_NUM = np.uint64(offset_of(layout.SPLIT_HEAD, "desc_num"))
@@ -33,21 +43,21 @@ def note_taken(ring, head):
     state = state_of(ring, head)
     store_u64(state + _COUNTER, ring.counter)
     ring.counter += uint64(1)
-    store_u8(state, uint8(1))
+    store_release_u8(state, uint8(1))
 
 
 @kernel
 def note_used(ring, head):
     """The chain at `head` is about to be shown as used."""
     store_u16(state_of(ring, head) + _NEXT, load_u16(ring.inflight + _LAST_BATCH_HEAD))
-    store_u16(ring.inflight + _LAST_BATCH_HEAD, uint16(head))
+    store_release_u16(ring.inflight + _LAST_BATCH_HEAD, uint16(head))
 
 
 @kernel
 def note_published(ring, head):
     """The used index says so now."""
-    store_u8(state_of(ring, head), uint8(0))
-    store_u16(ring.inflight + _USED_IDX, ring.used_idx)
+    store_release_u8(state_of(ring, head), uint8(0))
+    store_release_u16(ring.inflight + _USED_IDX, ring.used_idx)
 
 
 @kernel
@@ -56,7 +66,7 @@ def settle(ring, used_idx):
     if load_u16(ring.inflight + _VERSION) == 0:
         store_u16(ring.inflight + _DESC_NUM, uint16(ring.size))
         store_u16(ring.inflight + _USED_IDX, used_idx)
-        store_u16(ring.inflight + _VERSION, uint16(layout.VERSION))
+        store_release_u16(ring.inflight + _VERSION, uint16(layout.VERSION))
         return
     batch = uint16(used_idx - load_u16(ring.inflight + _USED_IDX))
     head = np.int64(load_u16(ring.inflight + _LAST_BATCH_HEAD))
@@ -65,7 +75,7 @@ def settle(ring, used_idx):
             break
         store_u8(state_of(ring, head), uint8(0))
         head = np.int64(load_u16(state_of(ring, head) + _NEXT))
-    store_u16(ring.inflight + _USED_IDX, used_idx)
+    store_release_u16(ring.inflight + _USED_IDX, used_idx)
 
 
 @kernel

@@ -15,6 +15,7 @@ ERR_RING_ADDRESS = -8  # a part of the ring outside guest memory or misaligned (
 ERR_MEMORY_GONE = -9  # guest memory that its front-end shared was truncated
 ERR_QUEUE_SIZE = -10  # not a power of two from 1 to 32768 (2.7), or not from 1 to 32768 (2.8)
 ERR_INFLIGHT = -11  # the inflight region says what cannot be
+ERR_RING_BASE = -12  # a packed ring is to start at a slot that it does not have (vhost-user, SET_VRING_BASE)
 
 # A request is at fault, not the ring: its status says so.
 ERR_BAD_ADDRESS = -20  # a buffer outside guest memory
@@ -34,4 +35,5 @@ TEXT = {
     ERR_MEMORY_GONE: "guest memory was truncated by its owner",
     ERR_QUEUE_SIZE: "queue size is not a power of two up to 32768",
     ERR_INFLIGHT: "the inflight region is damaged",
+    ERR_RING_BASE: "ring base outside of the ring",
 }

@@ -177,8 +177,8 @@ def give_back(ring, memory, head, written):
     if ring.inflight != _ZERO:
         inflight_split.note_used(ring, head)
     split_ring.put_used(ring, head, written)
+    # Marked after it is written: a front-end may copy the page and clear its bit at any time.
     if ring.log_bytes:
-        # After the write: a page that is marked before may be copied before, and nobody comes back to it.
         dirty_log.mark_used(ring, uint64(USED_RING) + uint64(USED_ELEM_SIZE) * slot, USED_ELEM_SIZE)
     if ring.inflight != _ZERO:
         split_ring.publish(ring)
@@ -225,15 +225,22 @@ def call_if_wanted(ring, one_address):
 
 
 @kernel
+def mark_wish(ring):
+    """Log the write that said whether we want kicks."""
+    if ring.packed:
+        dirty_log.mark_used(ring, 0, EVENT_BYTES)
+    elif ring.event_idx:
+        dirty_log.mark_used(ring, uint64(USED_RING) + uint64(USED_ELEM_SIZE) * uint64(ring.size), 2)
+    else:
+        dirty_log.mark_used(ring, 0, 2)
+
+
+@kernel
 def want_kicks(ring):
     """Ask for a kick at the next available chain. True when one is there already: do not sleep."""
     more = packed_ring.want_kicks(ring) if ring.packed else split_ring.want_kicks(ring)
     if ring.log_bytes:
-        if ring.packed:
-            dirty_log.mark_used(ring, 0, EVENT_BYTES)
-        else:
-            dirty_log.mark_used(ring, 0, 2)
-            dirty_log.mark_used(ring, uint64(USED_RING) + uint64(USED_ELEM_SIZE) * uint64(ring.size), 2)
+        mark_wish(ring)
     return more or ring.resubmit_next < ring.resubmit_count
 
 
@@ -244,19 +251,22 @@ def refuse_kicks(ring):
         packed_ring.refuse_kicks(ring)
     else:
         split_ring.refuse_kicks(ring)
+    if ring.log_bytes and (ring.packed or not ring.event_idx):
+        mark_wish(ring)
 
 
 @kernel
 def resume(ring, base, heads, counters):
     """Find out where to go on in a ring that starts: at `base`, or where a former back-end left it.
 
-    heads, counters: int64[size], uint64[size] for the chains to do again. Returns (OK or ERR_INFLIGHT; their number).
+    heads, counters: int64[size], uint64[size] for the chains to do again. Returns (OK, ERR_INFLIGHT or
+    ERR_RING_BASE; their number).
     """
     count = 0
     if ring.packed:
         used = inflight_packed.settle(ring, base)
         if used < 0:
-            return ERR_INFLIGHT, 0
+            return used, 0
         ring.used_idx = uint16(used)
         count, slots = inflight_packed.list_inflight(ring, heads, counters)
         if slots > ring.size:

@@ -10,8 +10,13 @@ IMAGE_BYTES = 8 << 20
 
 
 @pytest.fixture(scope="module", params=list(CARRIERS))
-def carrier(request):
-    return CARRIERS[request.param]
+def carrier_name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def carrier(carrier_name):
+    return CARRIERS[carrier_name]
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +27,9 @@ def image(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def backend(carrier, image, tmp_path_factory):
+def backend(carrier, carrier_name, image, tmp_path_factory):
     with carrier(
         tmp_path_factory.mktemp("backend"), image, "--serial", "conformance-1", "--num-queues", "4"
     ) as running:
+        running.name = carrier_name
         yield running

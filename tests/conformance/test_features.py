@@ -417,9 +417,11 @@ def test_inflight_region_of_impossible_size(backend, numbers):
 
 def test_inflight_region_that_is_too_small(backend):
     frontend = negotiated(backend)
-    body, fd, *_ = inflight_region(frontend)
+    body, fd, size_bytes, _ = inflight_region(frontend)
     with pytest.raises(fe.Refused):
         frontend.tell(fe.SET_INFLIGHT_FD, struct.pack("=QQHH4x", 64, 0, 2, 16), [fd])
+    with pytest.raises(fe.Refused):
+        frontend.tell(fe.SET_INFLIGHT_FD, struct.pack("=QQHH4x", size_bytes - 8, 4, 1, 16), [fd])
     frontend.tell(fe.SET_INFLIGHT_FD, body, [fd])
     frontend.close()
     os.close(fd)
@@ -524,12 +526,22 @@ def test_message_whose_feature_was_not_negotiated_is_refused(backend):
     frontend.close()
 
 
-@pytest.mark.parametrize("request_number", [19, 20, 23, 33])
+@pytest.mark.parametrize("request_number", [19, 20, 23, 27, 29, 33])
 def test_message_that_is_not_for_block_devices_is_refused(backend, request_number):
     frontend = negotiated(backend)
     with pytest.raises(fe.Refused):
         frontend.tell(request_number, bytes(8))
     assert frontend.ask_u64(fe.GET_QUEUE_NUM) == 4
+    frontend.close()
+
+
+@pytest.mark.parametrize("request_number", [26, 28, 30, 41, 44])
+def test_message_that_cannot_be_answered_ends_the_session(backend, request_number):
+    """A front-end that sends it breaks the protocol, and must not be left waiting for the answer."""
+    frontend = negotiated(backend)
+    frontend.send(request_number, bytes(8))
+    with pytest.raises(ConnectionResetError):
+        frontend.receive()
     frontend.close()
 
 

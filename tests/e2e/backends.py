@@ -130,8 +130,13 @@ class Factory:
 
 def _storage_daemon(image, folder):
     socket = folder / "qsd.sock"
+    monitor = socket.with_suffix(".qmp")
     command = [
         "qemu-storage-daemon",
+        "--chardev",
+        f"socket,id=qmp,path={monitor},server=on,wait=off",
+        "--monitor",
+        "chardev=qmp",
         "--blockdev",
         f"driver=file,node-name=disk,filename={image}",
         "--export",

@@ -1,5 +1,6 @@
 """Makes the guest kit importable, and gives every test here each back-end that it asks for."""
 
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "guest"))
 
 import guest_kit
 from backends import BACKENDS
+from front_end_life import Served
 
 
 @pytest.fixture
@@ -34,6 +36,20 @@ def backend_factory(request, qemu):
 def worker_backend_factory(request, qemu):
     """As `backend_factory`, of the back-ends whose I/O is done by worker processes."""
     return _installed(BACKENDS[request.param])
+
+
+@pytest.fixture(scope="module", params=list(BACKENDS))
+def served(request, tmp_path_factory):
+    """A back-end that serves a whole module, whose every test connects anew."""
+    factory = _installed(BACKENDS[request.param])
+    folder = tmp_path_factory.mktemp("library")
+    image = folder / "disk.img"
+    image.write_bytes(random.Random(4).randbytes(8 << 20))
+    with factory(image, folder) as backend:
+        served = Served(request.param, backend, image)
+        yield served
+        backend.serving.check_alive()
+        assert image.read_bytes() == served.content, "after all of this the image holds what was written, and no more"
 
 
 def _installed(factory):

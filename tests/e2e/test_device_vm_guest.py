@@ -37,7 +37,8 @@ def sibling(vm, address, script, **options):
 @pytest.fixture(scope="module")
 def vm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scene")
-    with DeviceVm(folder, {ADDRESS: folder / "a.sock", OTHER: folder / "b.sock"}) as vm:
+    proxies = {ADDRESS: folder / "a.sock", OTHER: folder / "b.sock"}
+    with DeviceVm(folder, proxies, "--trace", folder / "trace.txt") as vm:
         yield vm
 
 
@@ -133,6 +134,17 @@ def test_the_device_vm_ends_in_order(vm):
     assert [path.name for path in runtime.iterdir() if path.name != ".lock"] == []
     assert not any(path.exists() for path in vm.sockets.values())
     assert [name for name in os.listdir("/dev/shm") if "device-vm" in name] == []
+
+
+def test_the_trace_tells_of_every_sibling(vm):
+    lines = (vm.folder / "trace.txt").read_text().splitlines()
+    for address in (ADDRESS, OTHER):
+        mine = [line.split(maxsplit=2)[2] for line in lines if line.split()[1] == address]
+        came = [line for line in mine if line.startswith("--- front-end")]
+        assert came
+        assert len([line for line in mine if line.startswith("+++ front-end")]) == len(came)
+        assert any("SET_VRING_KICK(vring=0, fd=<eventfd>)" in line for line in mine)
+    assert len(lines) == len([line for line in lines if line.split()[1] in (ADDRESS, OTHER)])
 
 
 def test_a_sibling_survives_whatever_happens_to_its_back_end(tmp_path):

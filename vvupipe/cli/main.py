@@ -13,6 +13,7 @@ from vvupipe import __version__
 from vvupipe.cli.device import device
 from vvupipe.cli.lspci import lspci
 from vvupipe.cli.run import run
+from vvupipe.cli.trace import trace
 from vvupipe.errors import UserError, VvupipeError
 
 _USER_ERROR = 2
@@ -34,6 +35,7 @@ def cli() -> None:
 cli.add_command(run)
 cli.add_command(device)
 cli.add_command(lspci)
+cli.add_command(trace)
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from io import FileIO
+from pathlib import Path
 from typing import Any
 
 import click
@@ -46,6 +48,14 @@ def check_cpus(cpus: list[int] | None) -> list[int]:
             f"choose from {','.join(map(str, allowed))}"
         )
     return cpus
+
+
+def open_output(path: Path) -> FileIO:
+    """An unbuffered file, emptied. Raises: UserError."""
+    try:
+        return path.open("wb", buffering=0)
+    except OSError as error:
+        raise UserError(f"the trace cannot be written to {path}: {error.strerror}") from error
 
 
 def set_up_logging(verbose: int) -> None:

@@ -10,10 +10,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vvupipe.cli.machine import machine_fields, parse_option_size
-from vvupipe.cli.parameters import CPU_LIST, DURATION, SIZE, check_cpus, json_option, set_up_logging, verbose_option
+from vvupipe.cli.parameters import (
+    CPU_LIST,
+    DURATION,
+    SIZE,
+    check_cpus,
+    json_option,
+    open_output,
+    set_up_logging,
+    verbose_option,
+)
 from vvupipe.errors import UserError
 
 if TYPE_CHECKING:
+    from vvupipe.vhost_user.trace_lines import TraceOutput
     from vvupipe.vm.device_vm import ProxyOptions
 
 _DEFAULT_MEM_MIB = 128
@@ -35,6 +45,12 @@ _WORKLOADS = ("randread", "randwrite", "read", "write", "randrw", "rw", "verify"
     multiple=True,
     metavar="SOCK[,num-queues=N]",
     help="Sibling VM: a virtio-blk disk served by the vhost-user back-end at SOCK.",
+)
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Device VM: write each vhost-user message of its siblings to FILE, as vvupipe trace shows it.",
 )
 @click.option("--name", help="Name of the VM.  [default: vm0, vm1, ...]")
 @click.option("--mem", type=click.IntRange(16), help="Guest RAM in MiB.  [default: 128; with KERNEL 512]")
@@ -124,7 +140,13 @@ def run(**options: Any) -> int:
     if options["proxies"] and options["disks"]:
         raise UserError("one VM is a device VM (--vvu-proxy) or a sibling (--vhost-user-blk), not both")
     if options["proxies"]:
-        return _run_device_vm(options)
+        if options["trace"] is None:
+            return _run_device_vm(options, None)
+        from vvupipe.vhost_user.trace_lines import TraceOutput
+
+        with open_output(options["trace"]) as sink:
+            return _run_device_vm(options, TraceOutput(sink, options["as_json"]))
+    _refuse(options, ("trace",), "goes with --vvu-proxy")
     if options["disks"]:
         return _run_sibling(options) if options["kernel"] is None else _run_qemu_sibling(options)
     raise UserError("say what the VM is for: --vvu-proxy SOCK (device VM) or --vhost-user-blk SOCK (sibling VM)")
@@ -180,11 +202,11 @@ _MACHINE = ("initrd", "params", "accel", "qemu", "blocks", "shared_dirs", "seria
 _REAL = (*_MACHINE, "carrier")
 
 
-def _run_device_vm(options: dict[str, Any]) -> int:
+def _run_device_vm(options: dict[str, Any], trace: TraceOutput | None) -> int:
     from vvupipe.vm.device_vm import DeviceVmOptions, run_device_vm
 
     if options["kernel"] is not None:
-        return _run_qemu_device_vm(options)
+        return _run_qemu_device_vm(options, trace)
     _refuse(options, (*_WORK, *_REAL, "timeout", "queue_size"), "does not go with the embedded device VM")
     return asyncio.run(
         run_device_vm(
@@ -194,6 +216,7 @@ def _run_device_vm(options: dict[str, Any]) -> int:
                 cpus=_cpu_list(options["cpus"]),
                 proxies=_proxies(options, ("addr", "uuid")),
                 json=options["as_json"],
+                trace=trace,
             )
         )
     )
@@ -214,16 +237,19 @@ def _proxies(options: dict[str, Any], keys: tuple[str, ...]) -> tuple[ProxyOptio
     )
 
 
-def _run_qemu_device_vm(options: dict[str, Any]) -> int:
+def _run_qemu_device_vm(options: dict[str, Any], trace: TraceOutput | None) -> int:
     from vvupipe.vm.qemu_device_vm import QemuDeviceVmOptions, run_qemu_device_vm
 
-    _refuse(options, (*_WORK, "as_json", "timeout", "queue_size"), "does not go with a device VM that has a KERNEL")
+    _refuse(options, (*_WORK, "timeout", "queue_size"), "does not go with a device VM that has a KERNEL")
+    if trace is None:
+        _refuse(options, ("as_json",), "goes with --trace where a device VM has a KERNEL")
     return asyncio.run(
         run_qemu_device_vm(
             QemuDeviceVmOptions(
                 proxies=_proxies(options, ("addr", "uuid", "shared-memory")),
                 vm_name=options["name"],
                 carrier=options["carrier"],
+                trace=trace,
                 **machine_fields(options),
             )
         )

@@ -22,6 +22,7 @@ from vvupipe.vhost_user.messages import (
     CONFIG_FLAG_MIGRATION,
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
+    NEEDED_FEATURE,
     BackendRequest,
     ConfigAccess,
     Message,
@@ -50,22 +51,9 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.STATUS
     | ProtocolFeature.DEVICE_STATE
 )
-#: requests that are only legal when a protocol feature was negotiated, of those that newer versions brought
-_NEEDS = {
-    Request.SET_BACKEND_REQ_FD: ProtocolFeature.BACKEND_REQ,
-    Request.GET_INFLIGHT_FD: ProtocolFeature.INFLIGHT_SHMFD,
-    Request.SET_INFLIGHT_FD: ProtocolFeature.INFLIGHT_SHMFD,
-    Request.RESET_DEVICE: ProtocolFeature.RESET_DEVICE,
-    Request.VRING_KICK: ProtocolFeature.INBAND_NOTIFICATIONS,
-    Request.GET_MAX_MEM_SLOTS: ProtocolFeature.CONFIGURE_MEM_SLOTS,
-    Request.ADD_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
-    Request.REM_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
-    Request.SET_STATUS: ProtocolFeature.STATUS,
-    Request.GET_STATUS: ProtocolFeature.STATUS,
-    Request.SET_DEVICE_STATE_FD: ProtocolFeature.DEVICE_STATE,
-    Request.CHECK_DEVICE_STATE: ProtocolFeature.DEVICE_STATE,
-    Request.SET_LOG_BASE: ProtocolFeature.LOG_SHMFD,
-}
+#: asked by old front-ends that did not negotiate their features
+_TOLERATED = {Request.GET_QUEUE_NUM, Request.GET_CONFIG, Request.SET_CONFIG}
+_NEEDS = {request: feature for request, feature in NEEDED_FEATURE.items() if request not in _TOLERATED}
 _IN_BAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK  # "In-band notifications"
 _CONFIG_SPACE_MAX = 256  # "Virtio device config space": VHOST_USER_MAX_CONFIG_SIZE of the protocol
 _STATUS_MAX = 0xFF
@@ -161,6 +149,9 @@ class Session:
         wants_ack = message.need_reply and ProtocolFeature.REPLY_ACK in self._protocol and not has_reply
         reply: Reply = None
         code = _FAILED
+        if handler is None and has_reply:
+            # Its answer would have a shape that only its feature knows: silence would leave the front-end waiting.
+            raise ProtocolError(f"{message.name} needs a feature that was not offered")
         if handler is None:
             # "REPLY_ACK": whoever asks is told that it failed; whoever does not ask expects nothing.
             log.warning("%s is not implemented%s", message.name, "" if wants_ack else ", ignored")

@@ -143,6 +143,30 @@ class ProtocolFeature(enum.IntFlag):
     SHMEM_MAP = 1 << 22
 
 
+#: What a front-end must have negotiated before it sends a request ("Protocol features", "Front-end message types").
+NEEDED_FEATURE = {
+    Request.GET_QUEUE_NUM: ProtocolFeature.MQ,
+    Request.SET_LOG_BASE: ProtocolFeature.LOG_SHMFD,
+    Request.SET_BACKEND_REQ_FD: ProtocolFeature.BACKEND_REQ,
+    Request.GET_CONFIG: ProtocolFeature.CONFIG,
+    Request.SET_CONFIG: ProtocolFeature.CONFIG,
+    Request.POSTCOPY_ADVISE: ProtocolFeature.PAGEFAULT,
+    Request.POSTCOPY_LISTEN: ProtocolFeature.PAGEFAULT,
+    Request.POSTCOPY_END: ProtocolFeature.PAGEFAULT,
+    Request.GET_INFLIGHT_FD: ProtocolFeature.INFLIGHT_SHMFD,
+    Request.SET_INFLIGHT_FD: ProtocolFeature.INFLIGHT_SHMFD,
+    Request.RESET_DEVICE: ProtocolFeature.RESET_DEVICE,
+    Request.VRING_KICK: ProtocolFeature.INBAND_NOTIFICATIONS,
+    Request.GET_MAX_MEM_SLOTS: ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    Request.ADD_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    Request.REM_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    Request.SET_STATUS: ProtocolFeature.STATUS,
+    Request.GET_STATUS: ProtocolFeature.STATUS,
+    Request.SET_DEVICE_STATE_FD: ProtocolFeature.DEVICE_STATE,
+    Request.CHECK_DEVICE_STATE: ProtocolFeature.DEVICE_STATE,
+}
+
+
 F_PROTOCOL_FEATURES = 1 << 30  #: feature bit VHOST_USER_F_PROTOCOL_FEATURES
 F_LOG_ALL = 1 << 26  #: feature bit VHOST_F_LOG_ALL ("Migration")
 VRING_F_LOG = 1  #: VHOST_VRING_F_LOG, in the flags of SET_VRING_ADDR

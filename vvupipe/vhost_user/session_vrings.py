@@ -32,6 +32,7 @@ from vvupipe.workers.vring_setup import VringSetup
 log = logging.getLogger(__name__)
 
 _INFLIGHT_MAX = 256 << 20
+_INFLIGHT_ALIGN = 8  # its words are stored whole, which takes alignment
 
 
 class SessionVrings:
@@ -217,6 +218,8 @@ class SessionVrings:
         needed = told.num_queues * part_bytes(told.queue_size, packed=self.packed)
         if told.size_bytes < needed or told.size_bytes > _INFLIGHT_MAX:
             raise ProtocolError(f"an inflight region of {told.size_bytes} bytes, {needed} are needed")
+        if told.offset % _INFLIGHT_ALIGN:
+            raise ProtocolError(f"an inflight region at {told.offset}: its words would not be aligned")
         area = await self._connection.area(message, told.size_bytes, told.offset)
         self._forget_inflight()
         self._inflight = area, told

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vvupipe.errors import UserError
 from vvupipe.events import EventPrinter
@@ -21,11 +21,16 @@ from vvupipe.pci.sysfs_tree import SysfsTree
 from vvupipe.unix_path import listen_private
 from vvupipe.vfio.user_server import VfioUserServer
 from vvupipe.vhost_user.socket_transport import SocketTransport
+from vvupipe.vhost_user.trace_lines import TraceOutput
+from vvupipe.vhost_user.tracer import Tracer
 from vvupipe.vm.guest_ram import SLOT_BYTES, GuestRam
 from vvupipe.vm.lspci import SYSFS, function_line, lspci_lines
 from vvupipe.vm.pci_bus import PciBus
 from vvupipe.vm.runtime_folder import RuntimeFolder
 from vvupipe.workers import kernel_cache
+
+if TYPE_CHECKING:
+    from vvupipe.vm.qemu_device_vm import QemuDeviceVmOptions
 
 __all__ = ["DeviceVmOptions", "ProxyOptions", "lspci_lines", "run_device_vm"]
 
@@ -49,13 +54,14 @@ class ProxyOptions:
 
 @dataclass(frozen=True, slots=True)
 class DeviceVmOptions:
-    """What `vvupipe run --vvu-proxy` was asked for."""
+    """What `vvupipe run --vvu-proxy` was asked for. trace: where its siblings' messages are shown."""
 
     proxies: Sequence[ProxyOptions]
     name: str | None = None
     mem_mib: int = 256
     cpus: Sequence[int] | None = None
     json: bool = False
+    trace: TraceOutput | None = None
 
 
 async def run_device_vm(options: DeviceVmOptions) -> int:
@@ -151,7 +157,7 @@ class DeviceVm:
 
         listening = SocketTransport.listen(slot.options.socket_path)
         self._stack.callback(listening.close)
-        return VvuProxy(slot.function, listening)
+        return VvuProxy(slot.function, listening, tracer=tracer_for(self.options, slot.address))
 
     def _add(
         self,
@@ -204,6 +210,12 @@ class DeviceVm:
                 for slot in self._slots
             ],
         )
+
+
+def tracer_for(options: DeviceVmOptions | QemuDeviceVmOptions, address: PciAddress) -> Tracer | None:
+    """What the proxy at `address` shows its messages to; where there are several, the lines say which one it is."""
+    label = str(address) if len(options.proxies) > 1 else ""
+    return options.trace.tracer(label) if options.trace else None
 
 
 def allow_many_files() -> None:

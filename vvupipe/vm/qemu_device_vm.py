@@ -16,7 +16,8 @@ from typing import Any, Literal
 from vvupipe.errors import TransportError, UserError
 from vvupipe.pci.address import PciAddress
 from vvupipe.vhost_user.socket_transport import SocketTransport
-from vvupipe.vm.device_vm import ProxyOptions, allow_many_files, parse_uuid, start_relay
+from vvupipe.vhost_user.trace_lines import TraceOutput
+from vvupipe.vm.device_vm import ProxyOptions, allow_many_files, parse_uuid, start_relay, tracer_for
 from vvupipe.vm.function_carriers import Carrier, IvshmemCarrier, VfioUserCarrier
 from vvupipe.vm.memory_plugs import MemoryPlugs
 from vvupipe.vm.pci_bus import PciBus
@@ -40,11 +41,15 @@ _DEVICES_S = 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QemuDeviceVmOptions(MachineOptions):
-    """A device VM. vm_name: by which other commands know it; None: vm0, vm1, ..."""
+    """A device VM. vm_name: by which other commands know it; None: vm0, vm1, ...
+
+    trace: where its siblings' messages are shown.
+    """
 
     proxies: Sequence[ProxyOptions]
     vm_name: str | None = None
     carrier: CarrierChoice = "auto"
+    trace: TraceOutput | None = None
     restart_on_reset: bool = True
 
 
@@ -200,7 +205,8 @@ class _DeviceVm:
         listening = SocketTransport.listen(slot.options.socket_path)
         self._stack.callback(listening.close)
         devfn = slot.pool_address.device << 3
-        slot.proxy = VvuProxy(slot.function, listening, SiblingMemory(self.plugs, slot.pool, devfn))
+        memory = SiblingMemory(self.plugs, slot.pool, devfn)
+        slot.proxy = VvuProxy(slot.function, listening, memory, tracer_for(self._options, slot.address))
 
     def command(self, monitor_fd: int, *, on_terminal: bool) -> list[str]:
         """QEMU's command line. Raises: UserError when the accelerator cannot be had."""

@@ -23,11 +23,15 @@ from vvupipe.memory import shared
 from vvupipe.memory.mapping import Mapping
 from vvupipe.memory.region import MemoryRegion
 from vvupipe.vhost_user.frontend import Frontend
+from vvupipe.vhost_user.messages import ProtocolFeature
 from vvupipe.vm.disk_facts import CONFIG_BYTES, FEATURES, DiskFacts
 from vvupipe.vm.sibling_layout import RING_PLACES, UVA_BASE, RamLayout, tags_max
 from vvupipe.vm.vcpu import SPIN_MAX_NS, ControlMemory, Counters, Vcpu
 
 log = logging.getLogger(__name__)
+
+#: What this driver makes use of.
+PROTOCOL_FEATURES = ProtocolFeature.MQ | ProtocolFeature.CONFIG | ProtocolFeature.REPLY_ACK
 
 _STOP_TIMEOUT_S = 2.0  # for the orderly end of the vrings, which the back-end must not hold up
 _LATER_KERNELS_S = 3.0  # compiling that takes longer is worth a line
@@ -125,7 +129,9 @@ class SiblingDisk:
                 await asyncio.sleep(0.1)
 
     async def _negotiate(self, frontend: Frontend) -> None:
-        await frontend.negotiate_protocol()
+        taken = await frontend.negotiate_protocol(PROTOCOL_FEATURES)
+        if ProtocolFeature.CONFIG not in taken:
+            raise ProtocolError("the back-end has no configuration space (CONFIG): it cannot tell the size of its disk")
         queues = await frontend.get_queue_num()
         config = await frontend.get_config(0, CONFIG_BYTES)
         facts = DiskFacts.from_config(frontend.features, config, queues, frontend.protocol_features)

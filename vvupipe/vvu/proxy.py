@@ -13,6 +13,7 @@ from typing import Any
 
 from vvupipe.errors import Disconnected, ProtocolError, UserError
 from vvupipe.memory.shared import create_unnamed
+from vvupipe.vhost_user.describe import Side
 from vvupipe.vhost_user.messages import (
     ANSWERED,
     InflightArea,
@@ -24,6 +25,7 @@ from vvupipe.vhost_user.messages import (
     unpack_u64,
 )
 from vvupipe.vhost_user.socket_transport import MessageSocket, SocketConnection, SocketTransport
+from vvupipe.vhost_user.tracer import Stay, Tracer
 from vvupipe.vvu import layout
 from vvupipe.vvu.function import VvuFunction
 from vvupipe.vvu.proxy_fds import ProxyFds
@@ -39,10 +41,17 @@ _INFLIGHT_MAX = 256 << 20
 class VvuProxy:
     """Serves siblings at `listening` for `function`, one after another. `run` does the work.
 
-    placer: shows the sibling's memory to the VM; None when the driver maps BAR 4 itself.
+    placer: shows the sibling's memory to the VM; None when the driver maps BAR 4 itself. tracer: told every message
+    that the sibling sends or gets.
     """
 
-    def __init__(self, function: VvuFunction, listening: SocketTransport, placer: MemoryPlacer | None = None) -> None:
+    def __init__(
+        self,
+        function: VvuFunction,
+        listening: SocketTransport,
+        placer: MemoryPlacer | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
         self._function = function
         self._listening = listening
         self._fds = ProxyFds(function, placer, self._caught_up)
@@ -50,6 +59,8 @@ class VvuProxy:
         self._delivering = asyncio.Lock()
         self._told_masked: set[str] = set()
         self._sibling: SocketConnection | None = None
+        self._tracer = tracer
+        self._stay: Stay | None = None
         self._sending = asyncio.Lock()
         self._acks = False
         self._up = asyncio.Event()
@@ -105,13 +116,20 @@ class VvuProxy:
     async def _serve(self, connection: SocketConnection, down: asyncio.Event) -> None:
         log.info("%s: sibling connected", self._function.name)
         self._sibling = connection
+        self._stay = self._tracer.stay("connected") if self._tracer else None
         self._acks = False
         self._function.set_frontend_up(True)
+        reason = "was cut off"
         try:
             await _unless(down, self._receive(connection))
+            reason = "lost its back-end" if down.is_set() else "left"
         except (ProtocolError, OSError) as error:
             log.warning("%s: sibling dropped: %s", self._function.name, error)
+            reason = f"was cut off: {error},"
         finally:
+            if self._stay:
+                self._stay.end(reason)
+                self._stay = None
             self._forget_sibling()
             connection.shut_down()
             async with self._sending:  # whoever waits in `send` must wake before the fd goes
@@ -127,6 +145,7 @@ class VvuProxy:
     async def _receive(self, connection: SocketConnection) -> None:
         while (message := await connection.receive()) is not None:
             log.debug("%s: -> %s, %d bytes", self._function.name, message.name, len(message.payload))
+            self._show(Side.FRONT_END, message)
             try:
                 await self._fds.keep(connection, message)
             except ProtocolError as error:
@@ -150,13 +169,22 @@ class VvuProxy:
             raise error
         log.warning("%s: %s refused: %s", self._function.name, message.name, error)
         await self._caught_up()  # earlier answers go first
+        reply = message.reply(pack_u64(_REFUSED))
         async with self._sending:
-            await connection.send(message.reply(pack_u64(_REFUSED)))
+            self._show(Side.BACK_END, reply)
+            await connection.send(reply)
+
+    def _show(self, sender: Side, message: Message) -> None:
+        if self._stay:
+            self._stay.message(sender, message)
 
     async def _relay_replies(self, channel: MessageSocket) -> None:
         """Take the sibling's replies on the back-end channel to the driver; its requests went by `_send`."""
+        stay = self._stay
         try:
             while (message := await channel.receive()) is not None:
+                if stay:
+                    stay.channel_message(Side.FRONT_END, message)
                 message.close_fds()
                 if not message.is_reply:
                     log.warning("%s: a request on the back-end channel was dropped", self._function.name)
@@ -252,6 +280,7 @@ class VvuProxy:
                 if sibling is None:
                     log.debug("%s: %s came after the sibling left", self._function.name, message.name)
                     return
+                self._show(Side.BACK_END, message)
                 with contextlib.suppress(Disconnected):  # `_receive` sees its end too
                     await sibling.send(message)
         finally:
@@ -263,6 +292,8 @@ class VvuProxy:
         if channel is None:
             log.warning("%s: the back-end sent a request and has no channel for it", self._function.name)
             return
+        if self._stay:
+            self._stay.channel_message(Side.BACK_END, message)
         with contextlib.suppress(Disconnected):  # whoever reads the channel sees its end too
             await channel.send(message)
 

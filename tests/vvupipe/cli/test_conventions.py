@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mock.frontend import Frontend
 from vvupipe.cli import conventions
 
 PROGRAM = [sys.executable, "-c", "from vvupipe.cli.block_program import main; main()"]
@@ -77,6 +78,33 @@ def test_fd_of_the_management_layer(image):
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         process.stdout.close()
+
+
+def test_socket_of_systemd(image, tmp_path):
+    """sd_listen_fds(3): file descriptor 3, and whom it is meant for."""
+    path = tmp_path / "activated.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        shell = f'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&{listening.fileno()}'
+        command = ["bash", "-c", shell, "bash", *PROGRAM, f"--blk-file={image}", "--json"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=[listening.fileno()])
+        assert '"ready"' in process.stdout.readline()
+    frontend = Frontend(path)
+    offered, _ = frontend.negotiate()
+    assert offered
+    frontend.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    process.stdout.close()
+    assert path.exists(), "the socket is systemd's"
+
+
+def test_several_sockets_of_systemd_are_too_many(image):
+    shell = 'LISTEN_PID=$$ LISTEN_FDS=2 exec "$@"'
+    finished = run("sh", "-c", shell, "sh", *PROGRAM, f"--blk-file={image}")
+    assert finished.returncode == 2
+    assert "LISTEN_FDS=2" in finished.stderr
 
 
 def test_errors_are_those_of_the_program(image, tmp_path):

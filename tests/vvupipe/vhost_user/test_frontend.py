@@ -9,9 +9,10 @@ import pytest
 
 from tests.mock import frontend as wire
 from tests.mock.blk_backend import ALL_FEATURES, ALL_PROTOCOL, BlkBackend
-from vvupipe.errors import Disconnected, ProtocolError, UserError
+from vvupipe.errors import Disconnected, NotNegotiated, ProtocolError, UserError
 from vvupipe.memory.region import MemoryRegion
 from vvupipe.vhost_user.frontend import Frontend
+from vvupipe.vhost_user.messages import ProtocolFeature
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -32,7 +33,7 @@ def connected(path, work, timeout_s=5.0, say=lambda line: None):
     async def main():
         frontend = await Frontend.connect(path, timeout_s, say)
         try:
-            await frontend.negotiate_protocol()
+            await frontend.negotiate_protocol(ProtocolFeature(ALL_PROTOCOL))
             return await work(frontend)
         finally:
             await frontend.close()
@@ -102,7 +103,6 @@ def test_a_refusal_is_an_error(path, request_number):
     ("answers", "match"),
     [
         ({wire.GET_PROTOCOL_FEATURES: b""}, "8"),
-        ({wire.GET_PROTOCOL_FEATURES: struct.pack("=Q", wire.MQ)}, "CONFIG"),
         ({wire.GET_CONFIG: b""}, "refused GET_CONFIG"),
         ({wire.GET_CONFIG: struct.pack("=III", 0, 4, 0) + bytes(4)}, "answered with 4"),
         ({wire.GET_CONFIG: struct.pack("=III", 0, 8, 0) + bytes(4)}, "brings 4"),
@@ -123,12 +123,19 @@ def test_senseless_answers(path, answers, match):
         connected(path, work)
 
 
-def test_without_protocol_features_there_is_no_disk(path):
-    with (
-        BlkBackend(path, features=wire.F_VERSION_1),
-        pytest.raises(ProtocolError, match="no protocol features"),
-    ):
-        connected(path, nothing)
+def test_without_protocol_features_none_are_asked_for(path):
+    async def work(frontend):
+        await frontend.set_features(wire.F_VERSION_1)
+        with pytest.raises(NotNegotiated, match="PROTOCOL_FEATURES"):
+            await frontend.set_vring_enable(0, True)
+        with pytest.raises(NotNegotiated, match="PROTOCOL_FEATURES"):
+            await frontend.get_protocol_features()
+        return frontend.protocol_features, await frontend.get_vring_base(0)
+
+    with BlkBackend(path, features=wire.F_VERSION_1) as backend:
+        assert connected(path, work) == (0, 0)
+    assert backend.requests == [wire.GET_FEATURES, wire.SET_OWNER, wire.SET_FEATURES, wire.GET_VRING_BASE]
+    assert backend.taken_features == wire.F_VERSION_1
 
 
 def test_without_mq_there_is_one_queue(path):

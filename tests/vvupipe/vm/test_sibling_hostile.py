@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.mock import frontend as wire
-from tests.mock.blk_backend import ALL_FEATURES, BlkBackend
+from tests.mock.blk_backend import ALL_FEATURES, ALL_PROTOCOL, BlkBackend
 from tests.mock.blk_device import IN, IOERR, OK, OUT
 from tests.vvupipe.vm.sibling_kit import run, run_json
 from vvupipe.errors import ProtocolError, UserError, WorkerError
@@ -173,6 +173,19 @@ def test_a_refusal_is_one_line(path, request_number):
     backend.refused = {request_number}
     with backend, pytest.raises(ProtocolError, match="the back-end refused SET_"):
         run(path)
+
+
+@pytest.mark.parametrize(
+    ("features", "protocol"),
+    [(ALL_FEATURES, ALL_PROTOCOL & ~wire.CONFIG), (ALL_FEATURES & ~wire.F_PROTOCOL_FEATURES, 0)],
+)
+def test_without_configuration_space_there_is_no_disk(path, features, protocol):
+    with (
+        BlkBackend(path, features=features, protocol=protocol) as backend,
+        pytest.raises(ProtocolError, match="cannot tell the size of its disk"),
+    ):
+        run(path)
+    assert wire.GET_CONFIG not in backend.requests
 
 
 def test_the_err_eventfd_ends_it(path):
