@@ -194,7 +194,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run the comparison. Returns the exit status."""
     options = parse()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if len(os.sched_getaffinity(0)) < 2:
         print("a comparison needs two CPUs: one for the back-end, one for the front-end", file=sys.stderr)
         return 2

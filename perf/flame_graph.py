@@ -137,7 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pid", type=int, help="a worker, or a back-end")
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--hertz", type=int, default=999, help="samples a second  [default: 999; gdb manages about 5]")
+    parser.add_argument("--hertz", type=int, default=999, help="samples a second  [default: 999; gdb manages about 1]")
     parser.add_argument("--with", dest="way", choices=["auto", "perf", "gdb"], default="auto")
     parser.add_argument(
         "--call-graph", choices=["fp", "dwarf"], default="dwarf",
@@ -184,7 +184,7 @@ def _sample(pid: int, options: argparse.Namespace, folder: Path) -> Stacks:
         except CannotSample as error:
             if options.way == "perf":
                 raise
-            print(f"flame_graph: {error}; gdb is used instead, a few samples a second", file=sys.stderr)
+            print(f"flame_graph: {error}; gdb is used instead, about one sample a second", file=sys.stderr)
     return sample_with_gdb(pid, options.seconds, options.hertz)
 
 
