@@ -105,7 +105,7 @@ class DeviceVm:
         """What vvupipe wrote to standard error."""
         return self._console.text("err")
 
-    def wait_for(self, text, timeout_s=60, stream="out", start=0):
+    def wait_for(self, text, timeout_s=120, stream="out", start=0):
         """See Console."""
         self._console.wait_for(text, timeout_s, stream, start)
 

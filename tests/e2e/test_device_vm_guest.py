@@ -133,7 +133,7 @@ def test_the_device_vm_ends_in_order(vm):
     runtime = vm.folder / "runtime" / "vvupipe"
     assert [path.name for path in runtime.iterdir() if path.name != ".lock"] == []
     assert not any(path.exists() for path in vm.sockets.values())
-    assert [name for name in os.listdir("/dev/shm") if "device-vm" in name] == []
+    assert [name for name in os.listdir("/dev/shm") if f"-{vm.process.pid}-" in name] == []
 
 
 def test_the_trace_tells_of_every_sibling(vm):

@@ -91,7 +91,7 @@ def test_a_short_run_leaves_results_and_a_report(tmp_path):
         ours = next(line for name, line in measured.items() if name.startswith("vvupipe socket"))
         assert ours["result"]["ok"]
         assert ours["iops"] > 100
-        assert ours["cpu_s"] > 0
+        assert ours["cpu_s"] >= 0  # the kernel counts in ticks, of which so short a run may have none
         assert {"memcpy", "memcpy, fetched ahead"} < set(measured)
         assert {"commit", "cpu", "kernel", "numba", "front_end_cpu", "back_end_cpu"} <= set(ours)
         assert "tmpfs" in (folder / "report.md").read_text()
