@@ -115,7 +115,7 @@ class DeviceVm:
         self.process.stdin.flush()
         self._number += 1
 
-    def run(self, command, timeout_s=60):
+    def run(self, command, timeout_s=120):
         """(status, output) of a command in the guest."""
         start = len(self.console)
         number = self._number
@@ -125,7 +125,7 @@ class DeviceVm:
         output, status = re.search(rf"(.*?)<<(\d+) of {number}>>", text, re.DOTALL).groups()
         return int(status), output.removeprefix("\n")  # the end of the line before may come late
 
-    def check(self, command, timeout_s=60):
+    def check(self, command, timeout_s=120):
         """The output of a command that must succeed."""
         status, output = self.run(command, timeout_s)
         assert status == 0, (command, output, self.said)
@@ -135,7 +135,7 @@ class DeviceVm:
         """Start a back-end in the guest for an image in the shared folder; its pid there, once it serves."""
         return self.start_backends({address: image})[0]
 
-    def start_backends(self, images, timeout_s=60):
+    def start_backends(self, images, timeout_s=120):
         """Start a back-end for each address and image at once; their pids in the guest, once all serve."""
         started = {}
         for address, image in images.items():

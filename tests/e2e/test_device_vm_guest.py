@@ -12,7 +12,7 @@ from device_vm_guest import VVUPIPE, DeviceVm, guest_command
 from guest_kit import Guest, initramfs, kernel
 from sibling_scripts import COUNT_BYTES, COUNT_SCRIPT, TREE_SCRIPT
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(400)]
 
 ADDRESS, OTHER = "0000:00:10.0", "0000:00:11.0"
 MIB = 1 << 20

@@ -10,7 +10,7 @@ from device_vm_guest import DeviceVm
 from guest_kit import Guest
 from sibling_scripts import COUNT_BYTES, COUNT_SCRIPT
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(400)]
 
 ADDRESS = "0000:00:10.0"
 QEMU = os.environ.get("VVUPIPE_NEW_QEMU")
