@@ -8,7 +8,8 @@ import logging
 from collections import deque
 
 from vvupipe.errors import Disconnected, ProtocolError, TransportError
-from vvupipe.vhost_user.messages import FLAG_NEED_REPLY, VERSION, BackendRequest, Message, unpack_u64
+from vvupipe.vhost_user.messages import FLAG_NEED_REPLY, VERSION, BackendRequest, Message
+from vvupipe.vhost_user.payloads import unpack_u64
 from vvupipe.vhost_user.transport import MessageChannel
 
 log = logging.getLogger(__name__)

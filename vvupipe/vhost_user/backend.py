@@ -19,18 +19,15 @@ from vvupipe.vhost_user.device import Device
 from vvupipe.vhost_user.device_state import StateTransfers
 from vvupipe.vhost_user.messages import (
     ANSWERED,
-    CONFIG_FLAG_MIGRATION,
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     NEEDED_FEATURE,
     BackendRequest,
-    ConfigAccess,
     Message,
     ProtocolFeature,
     Request,
-    pack_u64,
-    unpack_u64,
 )
+from vvupipe.vhost_user.payloads import CONFIG_FLAG_MIGRATION, ConfigAccess, pack_u64, unpack_u64
 from vvupipe.vhost_user.session_memory import SessionMemory
 from vvupipe.vhost_user.session_vrings import SessionVrings
 from vvupipe.vhost_user.transport import Connection

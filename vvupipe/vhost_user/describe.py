@@ -15,21 +15,19 @@ from typing import Any
 
 from vvupipe.errors import ProtocolError
 from vvupipe.vhost_user.bit_names import FEATURES, PROTOCOL_FEATURES, STATUS, name_bits
-from vvupipe.vhost_user.messages import (
+from vvupipe.vhost_user.messages import BackendRequest, Message, Request
+from vvupipe.vhost_user.payloads import (
     ACCESS_READ,
     ACCESS_WRITE,
     STATE_NO_FD,
     VRING_INDEX_MASK,
     VRING_NO_FD,
-    BackendRequest,
     ConfigAccess,
     InflightArea,
     IotlbEntry,
     IotlbType,
     LogArea,
-    Message,
     RegionEntry,
-    Request,
     StateDirection,
     StateTransfer,
     VringAddress,

@@ -9,14 +9,8 @@ import os
 from vvupipe.errors import ProtocolError
 from vvupipe.fd_socket import wait_fd
 from vvupipe.vhost_user.device import Device
-from vvupipe.vhost_user.messages import (
-    STATE_NO_FD,
-    STATE_PHASE_STOPPED,
-    Message,
-    StateDirection,
-    StateTransfer,
-    pack_u64,
-)
+from vvupipe.vhost_user.messages import Message
+from vvupipe.vhost_user.payloads import STATE_NO_FD, STATE_PHASE_STOPPED, StateDirection, StateTransfer, pack_u64
 
 log = logging.getLogger(__name__)
 

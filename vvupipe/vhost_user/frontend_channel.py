@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from vvupipe.errors import Disconnected, ProtocolError, VvupipeError
-from vvupipe.vhost_user.messages import BackendRequest, IotlbEntry, IotlbType, Message, VringState, pack_u64
+from vvupipe.vhost_user.messages import BackendRequest, Message
+from vvupipe.vhost_user.payloads import IotlbEntry, IotlbType, VringState, pack_u64
 from vvupipe.vhost_user.transport import MessageChannel
 
 log = logging.getLogger(__name__)

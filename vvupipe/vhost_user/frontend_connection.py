@@ -22,9 +22,8 @@ from vvupipe.vhost_user.messages import (
     Message,
     ProtocolFeature,
     Request,
-    pack_u64,
-    unpack_u64,
 )
+from vvupipe.vhost_user.payloads import pack_u64, unpack_u64
 from vvupipe.vhost_user.socket_transport import MessageSocket
 
 __all__ = ["FrontendConnection"]

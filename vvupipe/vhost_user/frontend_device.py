@@ -8,12 +8,12 @@ import os
 from vvupipe.errors import ProtocolError, Refused
 from vvupipe.fd_socket import wait_fd
 from vvupipe.vhost_user.frontend_connection import FrontendConnection
-from vvupipe.vhost_user.messages import (
+from vvupipe.vhost_user.messages import Request
+from vvupipe.vhost_user.payloads import (
     CONFIG_FLAG_MIGRATION,
     STATE_NO_FD,
     STATE_PHASE_STOPPED,
     ConfigAccess,
-    Request,
     StateDirection,
     StateTransfer,
     pack_u64,

@@ -8,14 +8,13 @@ from kernels.virtio_layout import F_ACCESS_PLATFORM
 from vvupipe.errors import ProtocolError, Refused
 from vvupipe.memory.region import MemoryRegion
 from vvupipe.vhost_user.frontend_connection import FrontendConnection
-from vvupipe.vhost_user.messages import (
+from vvupipe.vhost_user.messages import Message, Request
+from vvupipe.vhost_user.payloads import (
     MAX_REGIONS,
     IotlbEntry,
     IotlbType,
     LogArea,
-    Message,
     RegionEntry,
-    Request,
     pack_memory_table,
     pack_single_region,
     pack_u64,

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from kernels.virtio_layout import F_RING_PACKED
 from vvupipe.errors import ProtocolError, Refused
 from vvupipe.vhost_user.frontend_connection import FrontendConnection
-from vvupipe.vhost_user.messages import (
-    F_PROTOCOL_FEATURES,
+from vvupipe.vhost_user.messages import F_PROTOCOL_FEATURES, Request
+from vvupipe.vhost_user.payloads import (
     VRING_F_LOG,
     VRING_INDEX_MASK,
     VRING_NO_FD,
     InflightArea,
-    Request,
     VringAddress,
     VringState,
     pack_u64,

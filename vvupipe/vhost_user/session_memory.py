@@ -14,14 +14,13 @@ from vvupipe.errors import Disconnected, ProtocolError, TransportError, WorkerEr
 from vvupipe.memory.iotlb import Translation
 from vvupipe.memory.region import MemoryRegion, close_regions
 from vvupipe.vhost_user.back_end_channel import BackendChannel
-from vvupipe.vhost_user.messages import (
+from vvupipe.vhost_user.messages import BackendRequest, Message
+from vvupipe.vhost_user.payloads import (
     ACCESS_READ,
     ACCESS_WRITE,
-    BackendRequest,
     IotlbEntry,
     IotlbType,
     LogArea,
-    Message,
     pack_u64,
     unpack_memory_table,
     unpack_single_region,

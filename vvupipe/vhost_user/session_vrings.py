@@ -15,12 +15,11 @@ from vvupipe.fd_socket import wait_fd
 from vvupipe.memory.doorbell import Doorbell
 from vvupipe.vhost_user.back_end_channel import BackendChannel
 from vvupipe.vhost_user.device import Device
-from vvupipe.vhost_user.messages import (
+from vvupipe.vhost_user.messages import BackendRequest, Message
+from vvupipe.vhost_user.payloads import (
     VRING_F_LOG,
     VRING_INDEX_MASK,
-    BackendRequest,
     InflightArea,
-    Message,
     VringAddress,
     VringState,
     unpack_u64,

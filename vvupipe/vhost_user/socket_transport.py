@@ -13,17 +13,8 @@ from vvupipe.fd_socket import FdSocket, close_all, wait_fd
 from vvupipe.memory.doorbell import Doorbell
 from vvupipe.memory.region import MemoryRegion
 from vvupipe.memory.shared import create_unnamed
-from vvupipe.vhost_user.messages import (
-    HEADER,
-    MAX_FDS,
-    VRING_NO_FD,
-    Message,
-    ProtocolFeature,
-    unpack_header,
-    unpack_memory_table,
-    unpack_single_region,
-    unpack_u64,
-)
+from vvupipe.vhost_user.messages import HEADER, MAX_FDS, Message, ProtocolFeature, unpack_header
+from vvupipe.vhost_user.payloads import VRING_NO_FD, unpack_memory_table, unpack_single_region, unpack_u64
 from vvupipe.vhost_user.transport import FileArea
 
 _FILE_END = 1 << 63  # off_t is signed

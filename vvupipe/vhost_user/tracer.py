@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vvupipe.vhost_user.describe import Fields, Side, describe_fds, describe_reply, describe_request, name_of
-from vvupipe.vhost_user.messages import ANSWERED, BackendRequest, Message, ProtocolFeature, Request, unpack_u64
+from vvupipe.vhost_user.messages import ANSWERED, BackendRequest, Message, ProtocolFeature, Request
+from vvupipe.vhost_user.payloads import unpack_u64
 
 _UNFINISHED_S = 0.1  # a reply that takes longer is told in a line of its own
 _REMEMBERED = 64  # requests that should have no reply, in case that one comes

@@ -11,12 +11,11 @@ from vvupipe.errors import Disconnected, ProtocolError, TransportError
 from vvupipe.memory.doorbell import Doorbell
 from vvupipe.memory.region import MemoryRegion, close_regions
 from vvupipe.vfio.function import MappableArea
-from vvupipe.vhost_user.messages import (
+from vvupipe.vhost_user.messages import Message, unpack
+from vvupipe.vhost_user.payloads import (
     VRING_INDEX_MASK,
     VRING_NO_FD,
-    Message,
     RegionEntry,
-    unpack,
     unpack_memory_table,
     unpack_single_region,
     unpack_u64,

@@ -14,16 +14,8 @@ from typing import Any
 from vvupipe.errors import Disconnected, ProtocolError, UserError
 from vvupipe.memory.shared import create_unnamed
 from vvupipe.vhost_user.describe import Side
-from vvupipe.vhost_user.messages import (
-    ANSWERED,
-    InflightArea,
-    Message,
-    ProtocolFeature,
-    Request,
-    pack_u64,
-    unpack,
-    unpack_u64,
-)
+from vvupipe.vhost_user.messages import ANSWERED, Message, ProtocolFeature, Request, unpack
+from vvupipe.vhost_user.payloads import InflightArea, pack_u64, unpack_u64
 from vvupipe.vhost_user.socket_transport import MessageSocket, SocketConnection, SocketTransport
 from vvupipe.vhost_user.tracer import Stay, Tracer
 from vvupipe.vvu import layout

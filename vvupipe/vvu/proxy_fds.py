@@ -13,12 +13,11 @@ from collections.abc import Awaitable, Callable
 from vvupipe.errors import ProtocolError
 from vvupipe.memory.region import MemoryRegion, close_regions
 from vvupipe.vfio.user_server import is_eventfd
-from vvupipe.vhost_user.messages import (
+from vvupipe.vhost_user.messages import Message, Request
+from vvupipe.vhost_user.payloads import (
     VRING_INDEX_MASK,
     InflightArea,
     LogArea,
-    Message,
-    Request,
     pack_single_region,
     unpack_single_region,
     unpack_u64,

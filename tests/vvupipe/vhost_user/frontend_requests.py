@@ -7,7 +7,8 @@ from tests.mock import frontend as wire
 from tests.vvupipe.vhost_user.frontend_kit import PAGEFAULT
 from vvupipe.memory.region import MemoryRegion
 from vvupipe.vhost_user.frontend_vrings import InflightRegion
-from vvupipe.vhost_user.messages import InflightArea, ProtocolFeature, StateDirection
+from vvupipe.vhost_user.messages import ProtocolFeature
+from vvupipe.vhost_user.payloads import InflightArea, StateDirection
 from vvupipe.vhost_user.transport import FileArea
 
 UVA = 0x7F00_0000_0000

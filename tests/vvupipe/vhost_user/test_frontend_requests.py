@@ -22,7 +22,8 @@ from tests.vvupipe.vhost_user.frontend_requests import (
 from vvupipe.errors import Disconnected, NotNegotiated, ProtocolError, Refused
 from vvupipe.vhost_user.frontend_channel import ChannelHandlers
 from vvupipe.vhost_user.frontend_vrings import InflightRegion, PackedBase
-from vvupipe.vhost_user.messages import InflightArea, Message, ProtocolFeature, Request
+from vvupipe.vhost_user.messages import Message, ProtocolFeature, Request
+from vvupipe.vhost_user.payloads import InflightArea
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -9,7 +9,8 @@ import pytest
 
 from tests.mock import frontend as fe
 from vvupipe.errors import Disconnected, ProtocolError, TransportError, UserError
-from vvupipe.vhost_user.messages import Message, ProtocolFeature, pack_u64
+from vvupipe.vhost_user.messages import Message, ProtocolFeature
+from vvupipe.vhost_user.payloads import pack_u64
 from vvupipe.vhost_user.socket_transport import SocketConnection, SocketTransport
 
 

@@ -9,15 +9,8 @@ import struct
 import pytest
 
 from vvupipe.vhost_user.describe import Side
-from vvupipe.vhost_user.messages import (
-    FLAG_NEED_REPLY,
-    VERSION,
-    BackendRequest,
-    Message,
-    ProtocolFeature,
-    Request,
-    pack_u64,
-)
+from vvupipe.vhost_user.messages import FLAG_NEED_REPLY, VERSION, BackendRequest, Message, ProtocolFeature, Request
+from vvupipe.vhost_user.payloads import pack_u64
 from vvupipe.vhost_user.trace_lines import TraceOutput
 
 FRONT, BACK = Side.FRONT_END, Side.BACK_END

@@ -15,7 +15,8 @@ from tests.mock import frontend as fe
 from tests.mock.guest_memory import GuestMemory
 from tests.vvupipe.vvu.device_vm import ADDRESS, Vm
 from vvupipe.errors import TransportError, UserError
-from vvupipe.vhost_user.messages import ProtocolFeature, pack_u64
+from vvupipe.vhost_user.messages import ProtocolFeature
+from vvupipe.vhost_user.payloads import pack_u64
 from vvupipe.vm.vvu_transport import open_vvu_transport
 
 LIMIT_S = 20
