@@ -130,9 +130,26 @@ class Worker(CommandExecutor):
         loop["spin_max_ns"] = loop["spin_ns"] = int(fields["spin_max_ns"])
         loop["bus_errors_seen"] = self._block.workers["bus_errors"][self._index]
         self._device.open(fields["device"], fds, address)
-        # Compile, or load from the cache, now rather than at the first request: one turn with nothing to do.
+        # Compile, or load from the cache, now rather than when a front-end waits: one turn with nothing to do.
         self._loop["attention_seen"] = self._block.workers["attention"][self._index] - np.uint32(1)
         self._serve()
+        self._warm_up_starting()
+
+    def _warm_up_starting(self) -> None:
+        """The same for what starts and stops a vring: a start that fails and a stop, of a ring that nobody has."""
+        record = np.zeros(1, layout.VRING)
+        memory = np.zeros(64, np.uint8)
+        rings = np.zeros(1, RING)
+        rings["record"] = record.ctypes.data
+        rings["desc"] = rings["avail"] = rings["used"] = memory.ctypes.data
+        ring = rings[0]
+        nowhere = np.uint64(0)
+        vring.place_ring(ring, self._memory.table, self._memory.translations, nowhere, nowhere, nowhere)
+        ring["size"] = 2
+        vring.resume(ring, np.uint16(0), np.zeros(2, np.int64), np.zeros(2, np.uint64))
+        vring.publish(ring, np.uint64(self._one.ctypes.data))
+        vring.want_kicks(ring)
+        vring.set_state(ring, layout.VRING_STOPPED)
 
     def _install_bus_error_handler(self, worker_address: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
