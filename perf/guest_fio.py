@@ -45,20 +45,6 @@ _GUEST_S = 120  # for the guest to boot and end, besides its work
 _START = "vvupipe-fio"
 
 
-def fio_files(fio: Path) -> list[Path]:
-    """fio and the libraries that it is linked with, by the paths at which the loader looks for them."""
-    done = subprocess.run(["ldd", str(fio)], capture_output=True, text=True, check=True)
-    return [fio, *(Path(path) for path in re.findall(r"(?:=> |^\s*)(/\S+) \(", done.stdout, re.MULTILINE))]
-
-
-def fio_archive(fio: Path) -> bytes:
-    """The part of an initramfs that holds fio."""
-    archive = build_initramfs.Archive()
-    for path in fio_files(fio):
-        archive.file(str(path), path.read_bytes(), 0o755)
-    return archive.packed()
-
-
 def guest_script(fio: Path, disks: int, jobs: Sequence[str], rounds: int, seconds: float) -> str:
     """Runs every job on every disk, round after round; prints "vvupipe-fio DISK JOB ROUND", then fio's JSON."""
     lines = ["mkdir -p /dev/shm && mount -t tmpfs shm /dev/shm"]
@@ -135,7 +121,7 @@ def run(options: argparse.Namespace, chosen: Sequence[Backend], fio: Path) -> li
         folder = Path(place)
         initramfs = folder / "initramfs"
         print("building the guest's initramfs", file=sys.stderr)
-        initramfs.write_bytes(build_initramfs.build(kernel, script=script) + fio_archive(fio))
+        initramfs.write_bytes(build_initramfs.build(kernel, script=script) + build_initramfs.program_overlay(fio))
         image = folder / "disk.img"
         cases.fill(image, options.size << 20)
         sockets = []

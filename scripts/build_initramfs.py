@@ -252,6 +252,20 @@ def script_overlay(script: str) -> bytes:
     return archive.packed()
 
 
+def files_of_program(program: Path) -> list[Path]:
+    """A program of this machine and the libraries that it is linked with, by the paths at which the loader looks."""
+    done = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True)
+    return [program, *(Path(path) for path in re.findall(r"(?:=> |^\s*)(/\S+) \(", done.stdout, re.MULTILINE))]
+
+
+def program_overlay(program: Path) -> bytes:
+    """An archive that brings a program of this machine with its libraries: append it to a built initramfs."""
+    archive = Archive()
+    for path in files_of_program(program):
+        archive.file(str(path), path.read_bytes(), 0o755)
+    return archive.packed()
+
+
 def script_parameter(script: str) -> str:
     """The kernel parameter that brings a short `script` (x86 Linux cuts its command line after 2047 bytes)."""
     return f"{SCRIPT_PARAMETER}={base64.b64encode(script.encode()).decode()}"

@@ -22,5 +22,7 @@ for argument in "$@"; do
     case $argument in --*) ;; *) exec "$PYTHON" -m pytest "$@" ;; esac
 done
 # What boots guests or pins processes against each other wants the machine for itself; the rest runs on two CPUs at a time.
-"$PYTHON" -m pytest -n 2 --dist loadfile --ignore tests/e2e "$@"
-exec "$PYTHON" -m pytest tests/e2e "$@"
+status=0
+"$PYTHON" -m pytest -n 2 --dist loadfile --ignore tests/e2e "$@" || status=$?
+"$PYTHON" -m pytest tests/e2e "$@" || status=$?
+exit "$status"

@@ -139,9 +139,12 @@ class Console:
 
 
 class Guest:
-    """A sibling VM under way. `script` is its work; keywords are the fields of QemuSiblingOptions."""
+    """A sibling VM under way. `script` is its work, `programs` are those of this machine that it takes for that.
 
-    def __init__(self, folder, disks=(), script=None, *, env=None, firmware_only=False, **options):
+    Other keywords are the fields of QemuSiblingOptions.
+    """
+
+    def __init__(self, folder, disks=(), script=None, *, env=None, firmware_only=False, programs=(), **options):
         fields = {"mem_mib": 256, "accel": "tcg", "params": ["quiet"], **options}
         fields["vhost_user_blk"] = [
             {key: str(value) if isinstance(value, Path) else value for key, value in disk.items()}
@@ -152,7 +155,10 @@ class Guest:
         else:
             fields.setdefault("kernel", str(kernel().image))
             initrd = folder / "initramfs"
-            initrd.write_bytes(base_initramfs() + (initramfs.script_overlay(script) if script is not None else b""))
+            overlays = [initramfs.program_overlay(Path(program)) for program in programs]
+            if script is not None:
+                overlays.append(initramfs.script_overlay(script))
+            initrd.write_bytes(base_initramfs() + b"".join(overlays))
             fields.setdefault("initrd", str(initrd))
         self._fields = fields
         self._env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}

@@ -4,8 +4,10 @@ import base64
 import gzip
 import lzma
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from guest_kit import ROOT, initramfs
@@ -171,3 +173,12 @@ def test_the_kernel_parameter_holds_the_script():
     key, _, value = initramfs.script_parameter("echo 'a b'\n").partition("=")
     assert key == initramfs.SCRIPT_PARAMETER
     assert base64.b64decode(value) == b"echo 'a b'\n"
+
+
+def test_a_program_brings_its_loader():
+    program = Path(shutil.which("ls"))
+    names = [path.name for path in initramfs.files_of_program(program)]
+    assert names[0] == "ls"
+    assert any(name.startswith("ld-linux") for name in names)
+    assert "libc.so.6" in names
+    assert str(program)[1:].encode() in gzip.decompress(initramfs.program_overlay(program))
