@@ -180,6 +180,8 @@ def wants_call(ring):
         return True
     event = load_u16(ring.avail + uint64(EVENT_OFF_WRAP))
     slot = int64(event) & _SLOT_MASK
+    if slot >= ring.size:
+        return True  # a position that there is not: a call too many does no harm
     if (event ^ ring.used_idx) & PACKED_WRAP:
         slot -= ring.size
     new = int64(ring.used_idx) & _SLOT_MASK

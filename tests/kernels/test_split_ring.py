@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import control_block as cb
@@ -29,7 +29,6 @@ def passed(event, new, old):
     return False
 
 
-@settings(deadline=None)  # the first example may compile
 @given(event=INDEX, old=INDEX, steps=st.integers(0, 300))
 def test_needs_event(event, old, steps):
     new = (old + steps) & 0xFFFF
@@ -39,7 +38,6 @@ def test_needs_event(event, old, steps):
         assert bool(got) == passed(candidate, new, old)
 
 
-@settings(deadline=None)  # the first example may compile
 @given(last=INDEX, ahead=st.integers(0, 20))
 def test_count_available(last, ahead):
     memory = ProcessMemory([(0x10000, 0x4000)])
@@ -49,7 +47,6 @@ def test_count_available(last, ahead):
     assert split_ring.count_available(rings[0]) == (ahead if ahead <= 16 else status.ERR_AVAIL_IDX)
 
 
-@settings(deadline=None)  # the first example may compile
 @given(start=INDEX, heads=st.lists(st.integers(0, 7), min_size=1, max_size=8))
 def test_used_elements_land_where_the_driver_looks(start, heads):
     memory = ProcessMemory([(0x10000, 0x4000)])

@@ -131,7 +131,7 @@ class PackedDevice(DeviceRing):
             return True
         size = self.place.size
         if event & 0x7FFF >= size:
-            return False
+            return True
         # Positions numbered over two turns; what was used is a range of them that ends before `used`.
         distance = (self._turn(self.used) - self._turn((event & 0x7FFF, event >> 15))) % (2 * size)
         return 0 < distance <= (self._turn(self.used) - self._turn(self.decided)) % (2 * size)
