@@ -1,6 +1,6 @@
 """Kernels in this process use the cache that vvupipe's own processes use, compiled for the same baseline.
 
-Property tests draw new examples in every run by hand, and the same ones in every run of CI, which must not fail by chance.
+Property tests draw new examples in every run by hand, and the same in every run of CI, which must not fail by chance.
 """
 
 import os
