@@ -85,7 +85,7 @@ class FdSocket:
     @property
     def peer_pid(self) -> int:
         """Process id of whoever connected (SO_PEERCRED)."""
-        return int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
+        return peer_pid(self._sock)
 
     def fileno(self) -> int:
         """The fd, for poll(2); it stays the socket's."""
@@ -99,6 +99,11 @@ class FdSocket:
     def close(self) -> None:
         """Close the socket."""
         self._sock.close()
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """Process id of whoever connected a UNIX socket (SO_PEERCRED)."""
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
 
 
 async def wait_fd(fd: int, *, readable: bool = True) -> None:

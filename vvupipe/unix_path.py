@@ -29,6 +29,25 @@ def reachable(path: Path) -> Iterator[str]:
         os.close(folder)
 
 
+def connect_if_there(path: Path) -> socket.socket | None:
+    """A connected, non-blocking stream socket; None while nobody listens at `path`, or its queue is full.
+
+    Raises: UserError when waiting would not help.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        with reachable(path) as name:
+            sock.connect(name)
+    except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+        sock.close()
+        return None
+    except OSError as error:
+        sock.close()
+        raise UserError(f"cannot connect to {path}: {error.strerror or error}") from error
+    return sock
+
+
 def listen_private(path: Path) -> socket.socket:
     """A socket that listens at `path`, for this user only. Raises: UserError."""
     sock = socket.socket(socket.AF_UNIX)

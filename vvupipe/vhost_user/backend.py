@@ -21,13 +21,14 @@ from vvupipe.vhost_user.messages import (
     ANSWERED,
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
+    IN_BAND_NEEDS,
     NEEDED_FEATURE,
     BackendRequest,
     Message,
     ProtocolFeature,
     Request,
 )
-from vvupipe.vhost_user.payloads import CONFIG_FLAG_MIGRATION, ConfigAccess, pack_u64, unpack_u64
+from vvupipe.vhost_user.payloads import CONFIG_FLAG_MIGRATION, STATUS_MAX, ConfigAccess, pack_u64, unpack_u64
 from vvupipe.vhost_user.session_memory import SessionMemory
 from vvupipe.vhost_user.session_vrings import SessionVrings
 from vvupipe.vhost_user.transport import Connection
@@ -51,9 +52,7 @@ PROTOCOL_FEATURES = (
 #: asked by old front-ends that did not negotiate their features
 _TOLERATED = {Request.GET_QUEUE_NUM, Request.GET_CONFIG, Request.SET_CONFIG}
 _NEEDS = {request: feature for request, feature in NEEDED_FEATURE.items() if request not in _TOLERATED}
-_IN_BAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK  # "In-band notifications"
 _CONFIG_SPACE_MAX = 256  # "Virtio device config space": VHOST_USER_MAX_CONFIG_SIZE of the protocol
-_STATUS_MAX = 0xFF
 _DONE = 0
 _FAILED = 1
 
@@ -206,7 +205,7 @@ class Session:
         if wanted & ~self._offered_protocol:
             raise ProtocolError(f"protocol features {wanted & ~self._offered_protocol:#x} were not offered")
         in_band = bool(wanted & ProtocolFeature.INBAND_NOTIFICATIONS)
-        if in_band and wanted & _IN_BAND_NEEDS != _IN_BAND_NEEDS:
+        if in_band and wanted & IN_BAND_NEEDS != IN_BAND_NEEDS:
             # The specification wants the connection closed, whether an acknowledgement was asked for or not.
             self._protocol = ProtocolFeature(0)
             raise ProtocolError("INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK")
@@ -237,7 +236,7 @@ class Session:
 
     async def _set_status(self, message: Message) -> None:
         status = unpack_u64(message)
-        if status > _STATUS_MAX:
+        if status > STATUS_MAX:
             raise ProtocolError(f"device status {status:#x} has more than 8 bits")
         if status == 0 and self._status:
             # QEMU pauses a VM like this as well, and does not tell a driver's write cache again: that stays.

@@ -7,7 +7,7 @@ import logging
 import os
 
 from vvupipe.errors import ProtocolError
-from vvupipe.fd_socket import wait_fd
+from vvupipe.pipe import read_all, write_all
 from vvupipe.vhost_user.device import Device
 from vvupipe.vhost_user.messages import Message
 from vvupipe.vhost_user.payloads import STATE_NO_FD, STATE_PHASE_STOPPED, StateDirection, StateTransfer, pack_u64
@@ -15,7 +15,6 @@ from vvupipe.vhost_user.payloads import STATE_NO_FD, STATE_PHASE_STOPPED, StateD
 log = logging.getLogger(__name__)
 
 _STATE_MAX_BYTES = 1 << 20
-_CHUNK_BYTES = 64 << 10
 _CHECK_S = 30.0  # a front-end that asks before it has sent everything is waited for that long
 _FAILED = 1
 
@@ -67,29 +66,15 @@ class StateTransfers:
 
     async def _save(self, fd: int) -> None:
         try:
-            state = memoryview(self._device.save_state())
-            while state:
-                try:
-                    state = state[os.write(fd, state[:_CHUNK_BYTES]) :]
-                except BlockingIOError:
-                    await wait_fd(fd, readable=False)
+            await write_all(fd, self._device.save_state())
         finally:
             os.close(fd)
 
     async def _load(self, fd: int) -> None:
-        state = bytearray()
         try:
-            while True:
-                try:
-                    part = os.read(fd, _CHUNK_BYTES)
-                except BlockingIOError:
-                    await wait_fd(fd)
-                    continue
-                if not part:
-                    break
-                state += part
-                if len(state) > _STATE_MAX_BYTES:
-                    raise ProtocolError(f"a state of more than {_STATE_MAX_BYTES} bytes")
+            state = await read_all(fd, _STATE_MAX_BYTES)
+        except ValueError as error:
+            raise ProtocolError(f"a state of which {error}") from error
         finally:
             os.close(fd)
-        self._device.load_state(bytes(state))
+        self._device.load_state(state)

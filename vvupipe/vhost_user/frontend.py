@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vvupipe.errors import Disconnected, UserError
-from vvupipe.unix_path import reachable
+from vvupipe.unix_path import connect_if_there
 from vvupipe.vhost_user.frontend_channel import ChannelHandlers, FrontendChannel
 from vvupipe.vhost_user.frontend_device import FrontendDevice
 from vvupipe.vhost_user.frontend_memory import FrontendMemory
@@ -138,17 +138,8 @@ def _left(deadline: float | None) -> float | None:
 async def _connect(path: Path, deadline: float | None, timeout_s: float | None, told: _Once) -> socket.socket:
     """A connected socket, as soon as somebody listens. Raises: UserError."""
     while True:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        try:
-            with reachable(path) as name:
-                sock.connect(name)
+        if sock := connect_if_there(path):
             return sock
-        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-            sock.close()  # nobody there, nobody listening, or its queue of connections is full
-        except OSError as error:
-            sock.close()
-            raise UserError(f"cannot connect to {path}: {error.strerror or error}") from error
         if deadline is not None and time.monotonic() >= deadline:
             raise UserError(
                 f"no back-end at {path} after {timeout_s:.3g} s: start one (vvupipe device block --socket {path} ...)"

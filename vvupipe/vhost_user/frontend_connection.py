@@ -17,6 +17,7 @@ from vvupipe.vhost_user.messages import (
     ANSWERED,
     F_PROTOCOL_FEATURES,
     FLAG_NEED_REPLY,
+    IN_BAND_NEEDS,
     NEEDED_FEATURE,
     VERSION,
     Message,
@@ -239,8 +240,7 @@ class FrontendConnection:
         missing = int(wanted) & ~int(self.offered_protocol_features)  # `~` of a flag knows only bits with a name
         if missing:
             raise NotNegotiated(f"the back-end does not offer the protocol features {missing:#x}")
-        needed = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
-        if ProtocolFeature.INBAND_NOTIFICATIONS in wanted and needed not in wanted:
+        if ProtocolFeature.INBAND_NOTIFICATIONS in wanted and IN_BAND_NEEDS not in wanted:
             raise NotNegotiated("INBAND_NOTIFICATIONS needs BACKEND_REQ and REPLY_ACK as well")
         await self._tell(Request.SET_PROTOCOL_FEATURES, pack_u64(wanted))
         self.protocol_features = wanted

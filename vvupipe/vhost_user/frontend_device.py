@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 
 from vvupipe.errors import ProtocolError, Refused
-from vvupipe.fd_socket import wait_fd
+from vvupipe.pipe import read_all, write_all
 from vvupipe.vhost_user.frontend_connection import FrontendConnection
 from vvupipe.vhost_user.messages import Request
 from vvupipe.vhost_user.payloads import (
     CONFIG_FLAG_MIGRATION,
     STATE_NO_FD,
     STATE_PHASE_STOPPED,
+    STATUS_MAX,
     ConfigAccess,
     StateDirection,
     StateTransfer,
     pack_u64,
     unpack_u64,
 )
-
-_STATUS_MAX = 0xFF
-_CHUNK_BYTES = 64 << 10
 
 
 class FrontendDevice(FrontendConnection):
@@ -56,7 +55,7 @@ class FrontendDevice(FrontendConnection):
     async def get_status(self) -> int:
         """GET_STATUS."""
         status = await self._ask_u64(Request.GET_STATUS)
-        if status > _STATUS_MAX:
+        if status > STATUS_MAX:
             raise ProtocolError(f"GET_STATUS was answered with {status:#x}, which has more than 8 bits")
         return status
 
@@ -91,7 +90,7 @@ class FrontendDevice(FrontendConnection):
         async with asyncio.timeout(self.answer_timeout_s):
             fd = await self._transfer(StateDirection.SAVE)
             try:
-                state = await _read_all(fd)
+                state = await read_all(fd)
             finally:
                 os.close(fd)
         await self.check_device_state()
@@ -102,7 +101,8 @@ class FrontendDevice(FrontendConnection):
         async with asyncio.timeout(self.answer_timeout_s):
             fd = await self._transfer(StateDirection.LOAD)
             try:
-                await _write_all(fd, state)
+                with contextlib.suppress(BrokenPipeError):  # CHECK_DEVICE_STATE says what went wrong
+                    await write_all(fd, state)
             finally:
                 os.close(fd)
         await self.check_device_state()
@@ -123,27 +123,3 @@ class FrontendDevice(FrontendConnection):
             ours = other
         os.set_blocking(ours, False)
         return ours
-
-
-async def _read_all(fd: int) -> bytes:
-    data = bytearray()
-    while True:
-        try:
-            part = os.read(fd, _CHUNK_BYTES)
-        except BlockingIOError:
-            await wait_fd(fd)
-            continue
-        if not part:
-            return bytes(data)
-        data += part
-
-
-async def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(fd, view[:_CHUNK_BYTES]) :]
-        except BlockingIOError:
-            await wait_fd(fd, readable=False)
-        except BrokenPipeError:
-            return  # CHECK_DEVICE_STATE says what went wrong

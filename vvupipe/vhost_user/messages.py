@@ -162,6 +162,7 @@ NEEDED_FEATURE = {
 }
 
 
+IN_BAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK  #: "In-band notifications"
 F_PROTOCOL_FEATURES = 1 << 30  #: feature bit VHOST_USER_F_PROTOCOL_FEATURES
 F_LOG_ALL = 1 << 26  #: feature bit VHOST_F_LOG_ALL ("Migration")
 

@@ -282,6 +282,7 @@ class StateDirection(enum.IntEnum):
     LOAD = 1
 
 
+STATUS_MAX = 0xFF  #: SET_STATUS, GET_STATUS: the device status has 8 bits
 STATE_PHASE_STOPPED = 0  #: the only phase that there is
 STATE_NO_FD = 0x100  #: reply to SET_DEVICE_STATE_FD: bit 8, the front-end's fd is used
 

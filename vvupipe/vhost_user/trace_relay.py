@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vvupipe.errors import ProtocolError, UserError
-from vvupipe.fd_socket import wait_fd
+from vvupipe.errors import ProtocolError
+from vvupipe.fd_socket import peer_pid, wait_fd
+from vvupipe.unix_path import connect_if_there
 from vvupipe.vhost_user.describe import Side
 from vvupipe.vhost_user.messages import Message, Request
 from vvupipe.vhost_user.socket_transport import MessageSocket, listen_at
@@ -54,7 +55,7 @@ class TraceRelay:
     async def _serve(self, front_end: socket.socket) -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(front_end.close)
-            stay = self._tracer.stay(f"connected (pid {_pid_of(front_end)})")
+            stay = self._tracer.stay(f"connected (pid {peer_pid(front_end)})")
             reason = "was cut off"
             try:
                 back_end = await self._connect(front_end)
@@ -70,16 +71,7 @@ class TraceRelay:
         """A connection to the back-end, waited for; None when the front-end goes away first."""
         said = False
         while True:
-            sock = socket.socket(socket.AF_UNIX)
-            sock.setblocking(False)
-            try:
-                sock.connect(str(self._back_end_path))
-            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-                sock.close()
-            except OSError as error:
-                sock.close()
-                raise UserError(f"cannot connect to {self._back_end_path}: {error.strerror or error}") from error
-            else:
+            if sock := connect_if_there(self._back_end_path):
                 return sock
             if not said:
                 said = True
@@ -102,10 +94,6 @@ async def run_until_signal(relay: TraceRelay) -> None:
             serving.result()
     finally:
         await _end([serving, stopping])
-
-
-def _pid_of(sock: socket.socket) -> int:
-    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
 
 
 def _hung_up(sock: socket.socket) -> bool:
