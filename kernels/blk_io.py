@@ -10,45 +10,19 @@ from kernels.memory import (
     EFAULT,
     EINTR,
     EINVAL,
+    EOPNOTSUPP,
     copy_bytes,
     last_errno,
     libc_fdatasync,
     libc_preadv,
+    libc_preadv2,
     libc_pwritev,
-    load_u64,
 )
-from kernels.status import ERR_BAD_REQUEST, ERR_IO, OK
+from kernels.status import ERR_BAD_REQUEST, ERR_IO, LATER, OK
 from kernels.virtio_layout import BLK_ID_BYTES, SECTOR_BYTES, SECTOR_SHIFT
 
-#: The image as its worker keeps it.
-DISK = np.dtype(
-    [
-        ("fd", "<i8"),
-        ("capacity_sectors", "<u8"),
-        ("read_only", "<i8"),
-        ("map_address", "<u8"),  # the file mapped into this process; 0: read it by system call
-        ("map_start", "<u8"),  # where the mapping lies, also when it is no longer used
-        ("map_bytes", "<u8"),
-        ("id_address", "<u8"),  # BLK_ID_BYTES of serial, zero-padded
-        ("bus_errors", "<u8"),  # address of control_block.WORKER.bus_errors
-        ("bounce_address", "<u8"),  # blk_bounce.BOUNCE_BYTES of this process
-        ("bounces", "<i8"),  # 1: the kernel refused guest memory once, so do not try again
-        ("direct", "<i8"),  # 1: opened with O_DIRECT, which not every piece of guest memory is aligned for
-        ("unsafe", "<i8"),  # 1: a flush does nothing (--cache unsafe)
-        ("is_block", "<i8"),  # 1: a block device
-        ("can_discard", "<i8"),  # what the file can do (devices/block/image_limits)
-        ("can_write_zeroes", "<i8"),
-        ("can_punch", "<i8"),
-        ("can_zero_range", "<i8"),
-        ("zeros_address", "<u8"),  # zeros_bytes of zeros
-        ("zeros_bytes", "<u8"),
-        ("waited", "<i8"),  # set to 1 by whatever may have waited for the disk
-    ]
-)
-
 _IOV_MAX = 1024  # limits.h: segments in one preadv
-#: Above this a system call is as fast as a copy and reads ahead by itself.
-_COPY_MAX_BYTES = np.uint64(256 << 10)
+_RWF_NOWAIT = np.int32(8)  # preadv2(2)
 _ZERO = np.uint64(0)
 
 
@@ -102,43 +76,38 @@ def transfer(disk, segments, first, end, offset, writing):
 
 
 @kernel
-def copy_from_map(disk, segments, first, end, offset):
-    """Copy out of the mapped image. OK, or ERR_IO when a page of it is gone: then read by system call."""
-    before = load_u64(disk.bus_errors)
-    source = disk.map_address + offset
-    for k in range(first, end):
-        copy_bytes(segments[k, 0], source, segments[k, 1])
-        source += segments[k, 1]
-    return OK if load_u64(disk.bus_errors) == before else ERR_IO
+def read_at_once(disk, segments, first, end, offset, length):
+    """preadv2 that does not wait for the disk. OK when all of it was in memory, else LATER."""
+    iovec = uint64(segments.ctypes.data) + uint64(16) * uint64(first)
+    if end - first > _IOV_MAX:
+        return LATER
+    done = libc_preadv2(int32(disk.fd), iovec, int32(end - first), int64(offset), _RWF_NOWAIT)
+    if done < 0 and last_errno() == EOPNOTSUPP:
+        disk.nowait = 0
+    return OK if uint64(max(done, 0)) == length and length > _ZERO else LATER
 
 
 @kernel
 def read_sectors(disk, segments, first, end, sector):
-    """Read the image into segments[first:end]. Returns (OK or ERR_*, bytes read)."""
+    """Read the image into segments[first:end]; waits for the disk. OK or ERR_*."""
     length = total_bytes(segments, first, end)
     status = check_range(disk, sector, length)
     if status != OK:
-        return status, _ZERO
-    offset = sector << uint64(SECTOR_SHIFT)
-    if disk.map_address != _ZERO and length <= _COPY_MAX_BYTES and offset + length <= disk.map_bytes:
-        if copy_from_map(disk, segments, first, end, offset) == OK:
-            return OK, length
-        disk.map_address = _ZERO
-    status = transfer(disk, segments, first, end, int64(offset), False)
-    return status, length if status == OK else _ZERO
+        return status
+    return transfer(disk, segments, first, end, int64(sector << uint64(SECTOR_SHIFT)), False)
 
 
 @kernel
 def write_sectors(disk, segments, first, end, sector, write_through):
-    """Write segments[first:end] to the image. Returns (OK or ERR_*, bytes written)."""
+    """Write segments[first:end] to the image; waits for the disk. OK or ERR_*."""
     length = total_bytes(segments, first, end)
     status = check_range(disk, sector, length)
     if status != OK or disk.read_only:
-        return ERR_BAD_REQUEST, _ZERO
+        return ERR_BAD_REQUEST
     status = transfer(disk, segments, first, end, int64(sector << uint64(SECTOR_SHIFT)), True)
     if status == OK and write_through:
         status = flush(disk)
-    return status, length if status == OK else _ZERO
+    return status
 
 
 @kernel

@@ -1,40 +1,34 @@
-"""Serving one vring of a block device: take chains, do the requests, give them back."""
+"""Serving one vring of a block device: take chains, do what takes no waiting, have somebody do the rest.
+
+work: blk_work.BlockWork, in every kernel here.
+"""
 
 import numpy as np
-from numba import uint8
+from numba import int64, uint64
 
 from kernels import control_block as cb
-from kernels.blk_io import flush, get_id, read_sectors, write_sectors
+from kernels.blk_answer import answer
+from kernels.blk_helper import perform
+from kernels.blk_io import check_range, get_id, read_at_once, transfer
+from kernels.blk_later import collect, hand_on_open, keep
 from kernels.blk_lookahead import AHEAD, look_ahead
-from kernels.blk_ranges import discard, write_zeroes
-from kernels.blk_request import parse_request
+from kernels.blk_request import parse_request, total_bytes
 from kernels.chain import SEGMENTS_MAX
-from kernels.dirty_log import mark_segments
+from kernels.image_map import can_copy, copy_from_map, copy_to_map
 from kernels.jit import kernel
-from kernels.memory import ring_eventfd, store_u8
-from kernels.status import ERR_BAD_ADDRESS, ERR_NO_STATUS, ERR_UNSUPPORTED, MISS, OK
+from kernels.memory import PAGE_BYTES, ring_eventfd
+from kernels.request import SEGMENTS_EACH, copy_rows, has_room
+from kernels.status import ERR_BAD_ADDRESS, ERR_BAD_REQUEST, ERR_NO_STATUS, ERR_UNSUPPORTED, LATER, MISS, OK
 from kernels.virtio_layout import (
-    BLK_S_IOERR,
-    BLK_S_OK,
-    BLK_S_UNSUPP,
     BLK_T_DISCARD,
     BLK_T_FLUSH,
     BLK_T_GET_ID,
     BLK_T_IN,
     BLK_T_OUT,
     BLK_T_WRITE_ZEROES,
+    SECTOR_SHIFT,
 )
-from kernels.vring import (
-    break_ring,
-    call_if_wanted,
-    give_back,
-    look_at_next,
-    publish,
-    publishes_each,
-    set_state,
-    take,
-    waiting,
-)
+from kernels.vring import break_ring, call_if_wanted, look_at_next, publish, set_state, take, waiting
 
 #: Requests done by copying alone are shown to the driver in groups: the line of used.idx changes hands less often.
 _PUBLISH_EVERY = 8
@@ -43,115 +37,163 @@ TURN = 128
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
+_PAGE_MASK = np.uint64(PAGE_BYTES - 1)
 
 
 @kernel
-def perform(ring, disk, segments, scratch, kind, sector, read_first, read_end, write_first, write_end):
-    """Do a parsed request. Returns (OK or ERR_*, bytes written into guest memory)."""
+def read_here(work, first, end, sector, length):
+    """A read, if it takes no waiting. OK, ERR_* or LATER."""
+    disk = work.disk
+    status = check_range(disk, sector, length)
+    if status != OK or length == _ZERO:
+        return status
+    offset = sector << uint64(SECTOR_SHIFT)
+    if can_copy(disk, offset, length):
+        if copy_from_map(disk, work.segments, first, end, offset, length) == OK:
+            return OK
+    elif disk.nowait:
+        return read_at_once(disk, work.segments, first, end, offset, length)
+    return LATER
+
+
+@kernel
+def write_here(work, first, end, sector, length, write_through):
+    """A write, if it takes no waiting. OK, ERR_* or LATER."""
+    disk = work.disk
+    status = check_range(disk, sector, length)
+    if status != OK or disk.read_only:
+        return ERR_BAD_REQUEST
+    if length == _ZERO:
+        return OK
+    offset = sector << uint64(SECTOR_SHIFT)
+    if write_through:
+        return LATER
+    if disk.map_writable and can_copy(disk, offset, length):
+        if copy_to_map(disk, work.segments, first, end, offset, length) == OK:
+            return OK
+    elif disk.write_here and not (offset | length) & _PAGE_MASK and not disk.bounces:
+        return transfer(disk, work.segments, first, end, int64(offset), True)
+    return LATER
+
+
+@kernel
+def do_here(work, ring, kind, sector, read_first, read_end, write_first, write_end, length):
+    """Do a parsed request if that takes no waiting. OK, ERR_* or LATER; with OK of a GET_ID, `length` is its own."""
     if kind == BLK_T_IN:
-        status, length = read_sectors(disk, segments, write_first, write_end, sector)
-        ring.read_bytes += length
-        return status, length
+        return read_here(work, write_first, write_end, sector, length)
     if kind == BLK_T_OUT:
-        status, length = write_sectors(disk, segments, read_first, read_end, sector, ring.write_through)
-        ring.written_bytes += length
-        return status, _ZERO
+        return write_here(work, read_first, read_end, sector, length, ring.write_through)
     if kind == BLK_T_FLUSH:
-        ring.flushes += _ONE
-        return flush(disk), _ZERO
-    if kind == BLK_T_GET_ID:
-        return OK, get_id(disk, segments, write_first, write_end)
-    if kind == BLK_T_DISCARD:
-        return discard(disk, segments, read_first, read_end, scratch, ring.write_through), _ZERO
-    if kind == BLK_T_WRITE_ZEROES:
-        return write_zeroes(disk, segments, read_first, read_end, scratch, ring.write_through), _ZERO
-    return ERR_UNSUPPORTED, _ZERO
+        return OK if work.disk.unsafe else LATER
+    if kind == BLK_T_DISCARD or kind == BLK_T_WRITE_ZEROES:
+        return LATER
+    return ERR_UNSUPPORTED
 
 
 @kernel
-def keep_writable(segments, readable, count):
-    """Keep a copy of segments[readable:count] behind the list: doing the request cuts them. Returns its end."""
-    for k in range(readable, count):
-        segments[SEGMENTS_MAX + k, 0] = segments[k, 0]
-        segments[SEGMENTS_MAX + k, 1] = segments[k, 1]
-    return SEGMENTS_MAX + count
+def nobody_else(work):
+    """Whether there is nobody to do requests but the worker itself."""
+    return work.uring.fd < 0 and work.helpers.shape[0] == 0
 
 
 @kernel
-def serve_next(ring, disk, regions, memory, segments, copied, scratch):
-    """Do the next request and put it on the used ring. OK, MISS, or an ERR_* that breaks the ring."""
-    status, head, readable, count, clean = look_at_next(ring, regions, segments, copied)
+def serve_next(work, ring):
+    """Do the next request, or have somebody do it. OK, MISS, or an ERR_* that breaks the ring."""
+    segments = work.segments
+    status, head, readable, count, clean = look_at_next(ring, work.regions, segments, work.copied)
     if status != OK:
         return np.int64(status)
-    logged = keep_writable(segments, readable, count) if ring.log_bytes else 0
+    # Doing a request cuts its segments, so the log needs a copy of them.
+    logged = SEGMENTS_MAX + readable
+    logged_end = copy_rows(segments, int64(logged), readable, count) if ring.log_bytes else int64(logged)
     status, kind, sector, read_first, read_end, write_first, write_end, status_address = parse_request(
-        segments, readable, count, scratch
+        segments, readable, count, work.scratch
     )
     if status == ERR_NO_STATUS:
         return np.int64(status)
-    taken = take(ring, head, copied)
+    taken = take(ring, head, work.copied)
     if taken != OK:
         return np.int64(taken)
-    written = _ZERO
+    first, end = (write_first, write_end) if kind == BLK_T_IN else (read_first, read_end)
+    length = _ZERO
     if not clean:
         status = ERR_BAD_ADDRESS
-    if status == OK:
-        status, written = perform(
-            ring, disk, segments, scratch, kind, sector, read_first, read_end, write_first, write_end
-        )
-    ring.requests += _ONE
-    if status == OK:
-        store_u8(status_address, uint8(BLK_S_OK))
-    else:
-        ring.errors += _ONE
-        store_u8(status_address, uint8(BLK_S_UNSUPP if status == ERR_UNSUPPORTED else BLK_S_IOERR))
-    if ring.log_bytes:
-        mark_segments(ring, memory, segments, SEGMENTS_MAX + readable, logged)
-    give_back(ring, memory, head, written + _ONE)
+    elif status == OK:
+        if kind == BLK_T_GET_ID:
+            length = get_id(work.disk, segments, write_first, write_end)
+        else:
+            length = total_bytes(segments, first, end)
+            status = do_here(work, ring, kind, sector, read_first, read_end, write_first, write_end, length)
+    if status == LATER:
+        if end - first <= SEGMENTS_EACH and logged_end - logged <= SEGMENTS_EACH and not nobody_else(work):
+            keep(work, ring, head, kind, sector, first, end, status_address, logged, logged_end)
+            return np.int64(OK)
+        status = perform(work.disk, segments, work.scratch, kind, sector, first, end, ring.write_through)
+    answer(work, ring, head, kind, length, status_address, logged, logged_end, status)
     return np.int64(OK)
 
 
 @kernel
-def wait_for_translation(ring, notice_fd, one_address):
+def wait_for_translation(work, ring):
     """Leave the ring until the coordinator has asked the front-end for the address that is lacking."""
     set_state(ring, cb.VRING_WAITING)
-    ring_eventfd(notice_fd, one_address)
+    ring_eventfd(work.notice_fd, work.one)
 
 
 @kernel
-def serve_ring(ring, disk, regions, memory, segments, copied, scratch, one_address, notice_fd):
-    """Serve what is available, at most TURN requests. Returns how many were done."""
+def show(work, ring):
+    """Show the driver what was given back, and call it if it wants that."""
+    publish(ring, work.one)
+    call_if_wanted(ring, work.one)
+
+
+@kernel
+def serve_ring(work, ring):
+    """Serve what is available, at most TURN requests. Returns how many were taken."""
+    ring.blocked = 0
     available = waiting(ring)
     if available == 0:
         return np.int64(0)
     done = np.int64(0)
-    unpublished = 0
-    group = 1 if publishes_each(ring) else _PUBLISH_EVERY
     error = np.int64(min(available, 0))
+    if available > 0:
+        ring.turns += _ONE
+        ring.waiting_sum += uint64(available)
     while error == OK and available > 0 and done < TURN:
+        if not has_room(work.board, ring):
+            ring.blocked = 1
+            break
         if done % AHEAD == 0 and available > 1 and not ring.packed and ring.resubmit_next == ring.resubmit_count:
-            look_ahead(ring, disk, regions, min(available, AHEAD))
-        error = serve_next(ring, disk, regions, memory, segments, copied, scratch)
+            look_ahead(ring, work.disk, work.regions, min(available, AHEAD))
+        error = serve_next(work, ring)
         if error != OK:
             break
         done += 1
-        unpublished += 1
         # Who waited for the disk should not wait for the requests behind it as well.
-        if unpublished == group or disk.waited:
-            disk.waited = 0
-            publish(ring, one_address)
-            call_if_wanted(ring, one_address)
-            unpublished = 0
+        if ring.unpublished >= _PUBLISH_EVERY or work.disk.waited:
+            work.disk.waited = 0
+            show(work, ring)
         available -= 1
         if available == 0:
             available = waiting(ring)
             error = np.int64(min(available, 0))
-    if unpublished:
-        publish(ring, one_address)
-        call_if_wanted(ring, one_address)
+    hand_on_open(work)
+    if ring.unpublished:
+        show(work, ring)
     if error == MISS:
-        wait_for_translation(ring, notice_fd, one_address)
+        wait_for_translation(work, ring)
     elif error != OK:
-        break_ring(ring, error, one_address)
+        break_ring(ring, error, work.one)
         return done + 1
     return done
+
+
+@kernel
+def end_some(work):
+    """End what was under way and is done by now, and show it. Returns how many requests ended."""
+    ended = collect(work)
+    if ended:
+        for k in range(work.rings.shape[0]):
+            if work.rings[k].unpublished:
+                show(work, work.rings[k])
+    return ended

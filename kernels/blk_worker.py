@@ -7,59 +7,91 @@ import numpy as np
 from numba import int32, int64, uint64
 
 from kernels import control_block as cb
-from kernels.blk_queue import serve_ring
+from kernels.blk_queue import end_some, serve_ring
 from kernels.jit import kernel
-from kernels.memory import load_u64
+from kernels.memory import drain_eventfd, libc_poll, load_u64
 from kernels.status import ERR_MEMORY_GONE
 from kernels.vring import break_ring
-from kernels.worker_loop import begin, command_waiting, forget_idling, wait_a_little
+from kernels.worker_loop import begin, command_waiting, forget_idling, look_at_all, wait_a_little
+
+#: Entries of `pollfds` behind those of the rings: io_uring's file, and the eventfd that helpers raise.
+OWN_POLLFDS = 2
+_HELPERS_POLLFD = -1
 
 _BUS_ERRORS = np.uint64(cb.offset_of(cb.WORKER, "bus_errors"))
 _BUS_ADDRESS = np.uint64(cb.offset_of(cb.WORKER, "bus_error_address"))
+_DRAIN_POLL_MS = np.int32(100)
 
 
 @kernel
-def check_memory(loop, rings, disk):
-    """After a SIGBUS: a fault in the image ends its mapping, one in guest memory breaks every ring on it."""
+def check_memory(loop, work):
+    """After a SIGBUS: a fault in the image was seen to by who caused it, one in guest memory breaks every ring."""
     count = load_u64(loop.record + _BUS_ERRORS)
     if count == loop.bus_errors_seen:
         return
     loop.bus_errors_seen = count
     address = load_u64(loop.record + _BUS_ADDRESS)
-    if disk.map_bytes != 0 and address - disk.map_start < disk.map_bytes:
-        disk.map_address = uint64(0)
+    if work.disk.map_bytes != 0 and address - work.disk.map_start < work.disk.map_bytes:
         return
-    for k in range(rings.shape[0]):
-        if rings[k].state in (cb.VRING_RUNNING, cb.VRING_WAITING):
-            break_ring(rings[k], ERR_MEMORY_GONE, loop.one)
+    for k in range(work.rings.shape[0]):
+        if work.rings[k].state in (cb.VRING_RUNNING, cb.VRING_WAITING):
+            break_ring(work.rings[k], ERR_MEMORY_GONE, loop.one)
 
 
 @kernel
-def serve_all(loop, rings, disk, regions, memory, segments, copied):
-    """One turn for every running ring. Returns requests done."""
-    done = int64(0)
-    for k in range(rings.shape[0]):
-        ring = rings[k]
+def serve_some(loop, work):
+    """One turn: for the ring that had work last, now and then for every running one. Returns requests taken."""
+    if not look_at_all(loop):
+        ring = work.rings[work.running[loop.hot]]
+        done = serve_ring(work, ring) if ring.state == cb.VRING_RUNNING else int64(0)
+        loop.since_all += done
+        return done
+    total = int64(0)
+    for k in range(loop.running):
+        ring = work.rings[work.running[k]]
         if ring.state == cb.VRING_RUNNING:
-            done += serve_ring(
-                ring, disk, regions, memory, segments, copied, loop.scratch, loop.one, int32(loop.notice_fd)
-            )
-    return done
+            done = serve_ring(work, ring)
+            if done:
+                loop.hot = k
+                total += done
+    return total
 
 
 @kernel
-def serve(loop, rings, pollfds, disk, regions, memory, segments, copied):
-    """Serve `rings` until a command waits. Everything is an array or record of this process.
+def hear_helpers(work, pollfds):
+    """A poll ended: forget that helpers raised their eventfd."""
+    entry = pollfds[pollfds.shape[0] + _HELPERS_POLLFD]
+    if entry.revents:
+        drain_eventfd(entry.fd, work.scratch)
+        entry.revents = np.int16(0)
 
-    loop: worker_loop.LOOP. rings: RING[n]. pollfds: POLLFD[n + 1], entry 0 set. disk: DISK. regions: uint64[m, 5], what
-    drivers' addresses mean; memory: uint64[m, 5], the memory table. segments: uint64[2 * SEGMENTS_MAX, 2]. copied:
-    uint64[32768, 2], a chain copied out of its ring.
+
+@kernel
+def serve(loop, pollfds, work):
+    """Serve work.rings until a command waits. Requests may be under way when this returns.
+
+    loop: worker_loop.LOOP. pollfds: POLLFD[n + 1 + OWN_POLLFDS], entry 0 and the last ones set. work: BlockWork.
     """
-    begin(loop, rings)
+    begin(loop, work.rings, work.running)
     while not command_waiting(loop):
-        done = serve_all(loop, rings, disk, regions, memory, segments, copied)
-        check_memory(loop, rings, disk)
+        done = serve_some(loop, work) if loop.running else int64(0)
+        if work.board.under_way:
+            done += end_some(work)
+        check_memory(loop, work)
         if done:
             forget_idling(loop)
-        elif wait_a_little(loop, rings, pollfds):
+        elif wait_a_little(loop, work.rings, pollfds):
+            hear_helpers(work, pollfds)
             return
+        else:
+            hear_helpers(work, pollfds)
+
+
+@kernel
+def drain(pollfds, work):
+    """Wait until nothing is under way. pollfds: as for `serve`; only the device's own entries are looked at."""
+    own = uint64(pollfds.ctypes.data) + uint64(pollfds.itemsize) * uint64(pollfds.shape[0] - OWN_POLLFDS)
+    while work.board.under_way:
+        if end_some(work) == 0:
+            libc_poll(own, uint64(OWN_POLLFDS), _DRAIN_POLL_MS)
+            hear_helpers(work, pollfds)

@@ -40,7 +40,10 @@ VRING = np.dtype(
         ("calls", "<u8"),  # W: calls sent
         ("miss_iova", "<u8"),  # W: the address that VRING_WAITING waits for
         ("miss_access", "<u4"),  # W: and what for: 1 read, 2 write
-        ("_pad1", "V44"),
+        ("under_way", "<u4"),  # W: requests that were taken and that the kernel or a helper is doing
+        ("turns", "<u8"),  # W: times that the worker found requests here; requests / turns is the batch
+        ("waiting_sum", "<u8"),  # W: requests found waiting, added up over `turns`
+        ("_pad1", "V24"),
     ]
 )
 assert VRING.itemsize == 128

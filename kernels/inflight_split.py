@@ -48,15 +48,20 @@ def note_taken(ring, head):
 
 @kernel
 def note_used(ring, head):
-    """The chain at `head` is about to be shown as used."""
+    """The chain at `head` is about to be shown as used, with the next batch."""
     store_u16(state_of(ring, head) + _NEXT, load_u16(ring.inflight + _LAST_BATCH_HEAD))
     store_release_u16(ring.inflight + _LAST_BATCH_HEAD, uint16(head))
 
 
 @kernel
-def note_published(ring, head):
-    """The used index says so now."""
-    store_release_u8(state_of(ring, head), uint8(0))
+def note_published(ring, count):
+    """The used index shows the `count` chains of the batch now. The region may say anything: heads are checked."""
+    head = np.int64(load_u16(ring.inflight + _LAST_BATCH_HEAD))
+    for _ in range(count):
+        if head >= ring.size:
+            break
+        store_release_u8(state_of(ring, head), uint8(0))
+        head = np.int64(load_u16(state_of(ring, head) + _NEXT))
     store_release_u16(ring.inflight + _USED_IDX, ring.used_idx)
 
 

@@ -5,6 +5,7 @@ checks are in `regions`. Loads of guest memory are atomic, so that a value is re
 again by the compiler after it was checked.
 """
 
+import mmap
 import platform
 
 from llvmlite import ir
@@ -14,6 +15,7 @@ from numba.extending import intrinsic
 from kernels.jit import kernel
 
 _I8 = ir.IntType(8)
+PAGE_BYTES = mmap.PAGESIZE
 IS_X86 = platform.machine() == "x86_64"
 
 
@@ -146,6 +148,10 @@ libc_pread = types.ExternalFunction("pread", types.int64(types.int32, types.uint
 libc_pwrite = types.ExternalFunction("pwrite", types.int64(types.int32, types.uint64, types.uint64, types.int64))
 libc_preadv = types.ExternalFunction("preadv", types.int64(types.int32, types.uint64, types.int32, types.int64))
 libc_pwritev = types.ExternalFunction("pwritev", types.int64(types.int32, types.uint64, types.int32, types.int64))
+libc_preadv2 = types.ExternalFunction(
+    "preadv2", types.int64(types.int32, types.uint64, types.int32, types.int64, types.int32)
+)
+libc_mincore = types.ExternalFunction("mincore", types.int32(types.uint64, types.uint64, types.uint64))
 libc_fallocate = types.ExternalFunction("fallocate", types.int32(types.int32, types.int32, types.int64, types.int64))
 libc_ioctl = types.ExternalFunction("ioctl", types.int32(types.int32, types.uint64, types.uint64))
 libc_fdatasync = types.ExternalFunction("fdatasync", types.int32(types.int32))
@@ -161,8 +167,10 @@ libc_mmap = types.ExternalFunction(
 
 
 EINTR = 4  # <errno.h>
+EAGAIN = 11
 EFAULT = 14
 EINVAL = 22
+EOPNOTSUPP = 95
 
 
 @kernel

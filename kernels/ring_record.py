@@ -10,13 +10,11 @@ RING = np.dtype(
         ("record", "<u8"),  # address of the vring's control_block.VRING
         ("size", "<i8"),
         ("index", "<i8"),  # number of the vring at its front-end
-        (
-            "packed",
-            "<i8",
-        ),  # 1 when VIRTIO_F_RING_PACKED was negotiated: the indices hold wrap bits
+        ("packed", "<i8"),  # 1 when VIRTIO_F_RING_PACKED was negotiated: the indices hold wrap bits
         ("iotlb", "<i8"),  # 1 when addresses of the driver are translated, so that a missing one may come later
         ("event_idx", "<i8"),  # 1 when VIRTIO_F_RING_EVENT_IDX was negotiated
         ("indirect", "<i8"),  # 1 when VIRTIO_F_RING_INDIRECT_DESC was negotiated
+        ("in_order", "<i8"),  # 1 when VIRTIO_F_IN_ORDER was negotiated: nothing is taken while something is under way
         ("write_through", "<i8"),  # 1 when the driver has no way to flush: every write goes to the disk first
         ("kick_fd", "<i4"),  # -1: none, the ring is polled
         ("call_fd", "<i4"),  # -1: none
@@ -42,6 +40,9 @@ RING = np.dtype(
         ("buffer_id", "<i8"),  # its id (packed)
         ("entry", "<i8"),  # its head entry of the inflight region (packed)
         ("unsignalled", "<i8"),  # descriptors used since the last decision about a call (packed)
+        ("unpublished", "<i8"),  # chains given back since the last `publish`
+        ("under_way", "<i8"),  # chains taken that somebody else is doing (kernels.request)
+        ("blocked", "<i8"),  # 1 when chains wait in the ring for something under way to end
         ("requests", "<u8"),
         ("errors", "<u8"),
         ("read_bytes", "<u8"),
@@ -49,6 +50,8 @@ RING = np.dtype(
         ("flushes", "<u8"),
         ("kicks", "<u8"),
         ("calls", "<u8"),
+        ("turns", "<u8"),
+        ("waiting_sum", "<u8"),
     ],
     align=True,
 )

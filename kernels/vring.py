@@ -33,6 +33,9 @@ _WRITTEN_BYTES = np.uint64(cb.offset_of(cb.VRING, "written_bytes"))
 _FLUSHES = np.uint64(cb.offset_of(cb.VRING, "flushes"))
 _KICKS = np.uint64(cb.offset_of(cb.VRING, "kicks"))
 _CALLS = np.uint64(cb.offset_of(cb.VRING, "calls"))
+_UNDER_WAY = np.uint64(cb.offset_of(cb.VRING, "under_way"))
+_TURNS = np.uint64(cb.offset_of(cb.VRING, "turns"))
+_WAITING_SUM = np.uint64(cb.offset_of(cb.VRING, "waiting_sum"))
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
@@ -157,14 +160,9 @@ def take(ring, head, copied):
 
 
 @kernel
-def publishes_each(ring):
-    """Whether every chain must be shown to the driver by itself, as inflight tracking needs."""
-    return ring.packed or ring.inflight != _ZERO
-
-
-@kernel
 def give_back(ring, memory, head, written):
     """Put the chain in hand on the used ring; of a split one the driver sees it with the next `publish`."""
+    ring.unpublished += 1
     if ring.packed:
         inflight_packed.note_used(ring)
         slot = packed_ring.entry_of(ring, ring.used_idx)
@@ -180,9 +178,6 @@ def give_back(ring, memory, head, written):
     # Marked after it is written: a front-end may copy the page and clear its bit at any time.
     if ring.log_bytes:
         dirty_log.mark_used(ring, uint64(USED_RING) + uint64(USED_ELEM_SIZE) * slot, USED_ELEM_SIZE)
-    if ring.inflight != _ZERO:
-        split_ring.publish(ring)
-        inflight_split.note_published(ring, head)
 
 
 @kernel
@@ -190,6 +185,9 @@ def publish(ring, one_address):
     """Show the driver everything given back so far, and the coordinator how far we are."""
     if not ring.packed:
         split_ring.publish(ring)
+        if ring.inflight != _ZERO:
+            inflight_split.note_published(ring, ring.unpublished)
+    ring.unpublished = 0
     if ring.log_bytes:
         if not ring.packed:
             dirty_log.mark_used(ring, USED_IDX, 2)
@@ -197,6 +195,7 @@ def publish(ring, one_address):
     record = ring.record
     store_u16(record + _LAST_AVAIL, ring.last_avail_idx)
     store_u16(record + _USED_IDX, ring.used_idx)
+    store_u32(record + _UNDER_WAY, uint32(ring.under_way))
     store_u64(record + _REQUESTS, ring.requests)
     store_u64(record + _ERRORS, ring.errors)
     store_u64(record + _READ_BYTES, ring.read_bytes)
@@ -204,6 +203,8 @@ def publish(ring, one_address):
     store_u64(record + _FLUSHES, ring.flushes)
     store_u64(record + _KICKS, ring.kicks)
     store_u64(record + _CALLS, ring.calls)
+    store_u64(record + _TURNS, ring.turns)
+    store_u64(record + _WAITING_SUM, ring.waiting_sum)
 
 
 @kernel
@@ -273,7 +274,7 @@ def resume(ring, base, heads, counters):
             return ERR_INFLIGHT, 0
         ring.last_avail_idx = packed_ring.advance(ring.used_idx, slots, ring.size)
     else:
-        # Requests complete in order, so the used ring says where the last one who served it had got to.
+        # Requests may complete in any order; without an inflight region nobody knows which those behind used.idx are.
         ring.used_idx = split_ring.read_used_idx(ring)
         if ring.inflight != _ZERO:
             inflight_split.settle(ring, ring.used_idx)
@@ -281,6 +282,9 @@ def resume(ring, base, heads, counters):
         ring.last_avail_idx = uint16(ring.used_idx + count)
     ring.signalled_idx = ring.used_idx
     ring.unsignalled = 0
+    ring.unpublished = 0
+    ring.under_way = 0
+    ring.blocked = 0
     ring.counter = _ZERO
     for k in range(count):
         ring.counter = max(ring.counter, counters[k] + _ONE)

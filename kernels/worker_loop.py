@@ -19,7 +19,7 @@ from kernels.memory import (
 )
 from kernels.vring import call_if_wanted, refuse_kicks, want_kicks
 
-#: struct pollfd (poll(2)); entry 0 is the command socket, entry k + 1 the kick of ring k.
+#: struct pollfd (poll(2)); entry 0 is the command socket, entry k + 1 the kick of ring k, then come the device's own.
 POLLFD = np.dtype([("fd", "<i4"), ("events", "<i2"), ("revents", "<i2")])
 POLLIN = 1
 
@@ -35,6 +35,9 @@ LOOP = np.dtype(
         ("idle_since_ns", "<i8"),  # when the present spell without work began
         ("spins", "<i8"),  # looks since then
         ("polite", "<i8"),  # 1 when spinning has lasted so long that others may have the CPU
+        ("running", "<i8"),  # rings that ran when the kernel was entered; a command makes more of them, nothing else
+        ("hot", "<i8"),  # the one of them that had work last
+        ("since_all", "<i8"),  # looks and requests since all of them were looked at
         ("bus_errors_seen", "<u8"),
         ("attention_seen", "<u4"),
         ("_pad", "<u4"),
@@ -48,6 +51,7 @@ _ONE = np.uint64(1)
 
 _SPIN_MIN_NS = 2_000  # about one wake-up spared
 _POLITE_AFTER_NS = 3_000  # from then on let others have the CPU between two looks
+_LOOK_AT_ALL = 8  # looks at one ring, and requests of it, before it is the others' turn
 _LOOK_AT_CLOCK = 16  # spins between two looks at the clock
 _UNKICKED_MS = int32(1)  # longest sleep when a ring has no kick fd and must be polled
 
@@ -66,7 +70,8 @@ def sleep(loop, rings, pollfds):
     pollfds[0].revents = np.int16(0)
     for k in range(rings.shape[0]):
         ring = rings[k]
-        running = ring.state == cb.VRING_RUNNING
+        # What is blocked goes on when something under way ends.
+        running = ring.state == cb.VRING_RUNNING and not ring.blocked
         pollfds[k + 1].fd = ring.kick_fd if running else int32(-1)
         if running:
             if ring.kick_fd < 0:
@@ -100,14 +105,32 @@ def adapt_spin(loop, slept):
 
 
 @kernel
-def begin(loop, rings):
-    """Enter the kernel: rings that run are looked at from here on, and calls that may be missing are made."""
+def begin(loop, rings, running):
+    """Enter the kernel: rings that run are looked at from here on, and calls that may be missing are made.
+
+    running: int64[n], filled with their indices.
+    """
     store_u32(loop.record + _HEARTBEAT, load_u32(loop.record + _HEARTBEAT) + np.uint32(1))
+    loop.running = 0
+    loop.hot = 0
+    loop.since_all = _LOOK_AT_ALL
     for k in range(rings.shape[0]):
         if rings[k].state == cb.VRING_RUNNING:
+            running[loop.running] = k
+            loop.running += 1
             refuse_kicks(rings[k])
             call_if_wanted(rings[k], loop.one)
     forget_idling(loop)
+
+
+@kernel
+def look_at_all(loop):
+    """Whether it is time to look at every ring, or only at the one that had work last."""
+    loop.since_all += 1
+    if loop.since_all < _LOOK_AT_ALL:
+        return False
+    loop.since_all = 0
+    return True
 
 
 @kernel

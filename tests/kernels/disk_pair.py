@@ -7,7 +7,7 @@ import numpy as np
 
 from kernels import control_block as cb
 from kernels.blk_bounce import BOUNCE_BYTES
-from kernels.blk_io import DISK
+from kernels.blk_disk import DISK
 from kernels.blk_queue import serve_ring
 from kernels.chain import SEGMENTS_MAX
 from tests.kernels.ring_pair import ONE

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from kernels import blk_worker
 from kernels import control_block as layout
 from kernels.blk_bounce import BOUNCE_BYTES
-from kernels.blk_io import DISK
+from kernels.blk_disk import DISK
 from kernels.virtio_layout import BLK_ID_BYTES, SECTOR_BYTES
 from vvupipe.errors import WorkerError
 from vvupipe.memory.mapping import Mapping

@@ -1,0 +1,38 @@
+"""The image as its worker keeps it. Plain dtype, no numba."""
+
+import numpy as np
+
+DISK = np.dtype(
+    [
+        ("fd", "<i8"),
+        ("capacity_sectors", "<u8"),
+        ("read_only", "<i8"),
+        ("map_address", "<u8"),  # the file mapped into this process; 0: read it by system call
+        ("map_start", "<u8"),  # where the mapping lies, also when it is no longer used
+        ("map_bytes", "<u8"),
+        ("map_writable", "<i8"),  # 1: writes may go to the mapping
+        ("map_always", "<i8"),  # 1: what is mapped is always in memory (DAX)
+        ("granules_address", "<u8"),  # a byte for each granule of the mapping (kernels.image_map)
+        ("granules", "<u8"),
+        ("granule_mark", "<u8"),  # the byte of a granule that is in memory
+        ("lookups", "<u8"),  # since the marks were made anew
+        ("vector_address", "<u8"),  # room for what mincore tells of a granule
+        ("id_address", "<u8"),  # BLK_ID_BYTES of serial, zero-padded
+        ("bus_errors", "<u8"),  # address of control_block.WORKER.bus_errors
+        ("bounce_address", "<u8"),  # blk_bounce.BOUNCE_BYTES of this process
+        ("bounces", "<i8"),  # 1: the kernel refused guest memory once, so do not try again
+        ("direct", "<i8"),  # 1: opened with O_DIRECT, which not every piece of guest memory is aligned for
+        ("nowait", "<i8"),  # 1: try to read without waiting for the disk (RWF_NOWAIT) before somebody else reads
+        ("write_here", "<i8"),  # 1: whole pages are written on the spot, into the page cache
+        ("merge_bytes", "<u8"),  # adjacent requests are done together up to this; 0: never
+        ("unsafe", "<i8"),  # 1: a flush does nothing (--cache unsafe)
+        ("is_block", "<i8"),  # 1: a block device
+        ("can_discard", "<i8"),  # what the file can do (devices/block/image_limits)
+        ("can_write_zeroes", "<i8"),
+        ("can_punch", "<i8"),
+        ("can_zero_range", "<i8"),
+        ("zeros_address", "<u8"),  # zeros_bytes of zeros
+        ("zeros_bytes", "<u8"),
+        ("waited", "<i8"),  # set to 1 by whatever may have waited for the disk
+    ]
+)

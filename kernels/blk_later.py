@@ -1,0 +1,232 @@
+"""Requests that are not done on the spot: by io_uring where there is one, else by a helper; and what ends them.
+
+work: blk_work.BlockWork, in every kernel here.
+"""
+
+import numpy as np
+from numba import int32, int64, uint64
+
+from kernels import helper, uring
+from kernels.blk_answer import answer
+from kernels.blk_request import total_bytes
+from kernels.jit import kernel
+from kernels.request import (
+    NOBODY,
+    SEGMENTS_EACH,
+    copy_rows,
+    give_slot_back,
+    next_waiting,
+    room_of,
+    take_slot,
+    wait_for_helper,
+)
+from kernels.status import OK
+from kernels.virtio_layout import BLK_T_FLUSH, BLK_T_IN, BLK_T_OUT, SECTOR_SHIFT
+
+_RWF_DSYNC = np.int32(2)  # preadv2(2)
+_ZERO = np.uint64(0)
+_ONE = np.uint64(1)
+
+
+@kernel
+def start_helpers(work):
+    """Give waiting requests to idle helpers."""
+    index = 0
+    while work.board.first_waiting != NOBODY and work.board.free_helpers > 0 and index < work.helpers.shape[0]:
+        if helper.state_of(work.helpers, index) == helper.IDLE:
+            work.board.free_helpers -= 1
+            helper.give(work.helpers, index, next_waiting(work.board, work.requests))
+        index += 1
+
+
+@kernel
+def push(work, slot):
+    """Queue a request for io_uring. False when that does not do its kind, or has no room."""
+    request = work.requests[slot]
+    fd = int32(work.disk.fd)
+    if request.kind == BLK_T_FLUSH:
+        return uring.push_fsync(work.uring, fd, uint64(slot))
+    if (request.kind != BLK_T_IN and request.kind != BLK_T_OUT) or work.disk.bounces:
+        return False
+    writing = request.kind == BLK_T_OUT
+    first = room_of(slot)
+    return uring.push_rw(
+        work.uring,
+        writing,
+        fd,
+        uint64(work.segments.ctypes.data) + uint64(16) * uint64(first),
+        request.whole_end - first,
+        request.whole_length,
+        request.sector << uint64(SECTOR_SHIFT),
+        _RWF_DSYNC if writing and request.write_through else int32(0),
+        int64(-1),
+        uint64(slot),
+    )
+
+
+@kernel
+def hand_on(work, slot):
+    """Have somebody do the request of `slot`, and those merged into it."""
+    if work.uring.fd >= 0 and push(work, slot):
+        return
+    wait_for_helper(work.board, work.requests, slot)
+    start_helpers(work)
+
+
+@kernel
+def hand_on_open(work):
+    """Nothing more is merged into the request that was kept open."""
+    slot = work.board.open
+    if slot != NOBODY:
+        work.board.open = NOBODY
+        hand_on(work, slot)
+
+
+@kernel
+def merge(work, slot):
+    """Add the request of `slot` to the one that is kept open, if it follows that on the disk. True when it did."""
+    leader = work.requests[work.board.open]
+    request = work.requests[slot]
+    rows = request.end - room_of(slot)
+    if (
+        leader.ring != request.ring
+        or leader.kind != request.kind
+        or leader.write_through != request.write_through
+        or leader.sector + (leader.whole_length >> uint64(SECTOR_SHIFT)) != request.sector
+        or leader.whole_length + request.length > work.disk.merge_bytes
+        or leader.whole_end - room_of(work.board.open) + rows > SEGMENTS_EACH
+    ):
+        return False
+    leader.whole_end = copy_rows(work.segments, leader.whole_end, room_of(slot), request.end)
+    leader.whole_length += request.length
+    work.requests[leader.last_merged].merged = slot
+    leader.last_merged = slot
+    work.board.merges += _ONE
+    return True
+
+
+@kernel
+def keep(work, ring, head, kind, sector, first, end, status_address, logged, logged_end):
+    """Put the chain in hand into a slot and see that somebody does it.
+
+    Its data is segments[first:end]; segments[logged:logged_end] is what it writes, for the dirty-page log.
+    """
+    slot = take_slot(work.board, work.requests, ring)
+    request = work.requests[slot]
+    request.head = head
+    request.status_address = status_address
+    request.kind = kind
+    request.sector = sector
+    request.length = total_bytes(work.segments, first, end)
+    request.end = copy_rows(work.segments, room_of(slot), first, end)
+    request.logged_end = copy_rows(work.segments, room_of(slot) + SEGMENTS_EACH, logged, logged_end)
+    request.write_through = ring.write_through
+    request.whole_end = request.end
+    request.whole_length = request.length
+    request.last_merged = slot
+    mergeable = work.disk.merge_bytes != _ZERO and not ring.log_bytes and (kind == BLK_T_IN or kind == BLK_T_OUT)
+    if work.board.open != NOBODY:
+        if mergeable and merge(work, slot):
+            return
+        hand_on_open(work)
+    if mergeable:
+        work.board.open = slot
+    else:
+        hand_on(work, slot)
+
+
+@kernel
+def end_one(work, slot, status):
+    """Answer the request of `slot`, and free it."""
+    request = work.requests[slot]
+    ring = work.rings[request.ring]
+    ring.slots = request.slots
+    ring.buffer_id = request.buffer_id
+    ring.entry = request.entry
+    logged = room_of(slot) + SEGMENTS_EACH
+    answer(
+        work,
+        ring,
+        request.head,
+        request.kind,
+        request.length,
+        request.status_address,
+        logged,
+        request.logged_end,
+        status,
+    )
+    give_slot_back(work.board, work.requests, slot, ring)
+
+
+@kernel
+def end_whole(work, slot, status):
+    """Answer the request of `slot` and those merged into it. Returns how many."""
+    count = 0
+    while slot != NOBODY:
+        following = work.requests[slot].merged
+        end_one(work, slot, status)
+        slot = following
+        count += 1
+    return count
+
+
+@kernel
+def do_again(work, slot):
+    """It was not done, or not all of it: a helper does it again, each of those merged by itself."""
+    while slot != NOBODY:
+        request = work.requests[slot]
+        following = request.merged
+        request.merged = NOBODY
+        request.last_merged = slot
+        request.whole_end = request.end
+        request.whole_length = request.length
+        work.board.redone += _ONE
+        wait_for_helper(work.board, work.requests, slot)
+        slot = following
+    start_helpers(work)
+
+
+@kernel
+def collect_uring(work):
+    """End what io_uring has done. Returns how many requests ended."""
+    ended = 0
+    count = uring.reap(work.uring, work.tokens, work.results)
+    for k in range(count):
+        slot = int64(work.tokens[k])
+        request = work.requests[slot]
+        wanted = int64(0) if request.kind == BLK_T_FLUSH else int64(request.whole_length)
+        if int64(work.results[k]) == wanted:
+            ended += end_whole(work, slot, OK)
+        else:
+            do_again(work, slot)
+    return ended
+
+
+@kernel
+def collect_helpers(work):
+    """End what helpers have done. Returns how many requests ended."""
+    ended = 0
+    for index in range(work.helpers.shape[0]):
+        if helper.state_of(work.helpers, index) != helper.DONE:
+            continue
+        slot = helper.take_back(work.helpers, index)
+        work.board.free_helpers += 1
+        status = work.requests[slot].status
+        if status != OK and work.requests[slot].merged != NOBODY:
+            do_again(work, slot)
+        else:
+            ended += end_whole(work, slot, status)
+    start_helpers(work)
+    return ended
+
+
+@kernel
+def collect(work):
+    """End whatever is done by now. Returns how many requests ended; their rings are not published yet."""
+    ended = 0
+    if work.uring.fd >= 0:
+        uring.submit(work.uring, 0)
+        ended += collect_uring(work)
+    if work.board.free_helpers < work.helpers.shape[0]:
+        ended += collect_helpers(work)
+    return ended

@@ -1,0 +1,141 @@
+"""Requests that were taken and are under way: somebody else than the worker's loop does them, in any order.
+
+Each has a slot in REQUEST[n] and, behind the segments of the chain in hand, room for a copy of its own segments, which
+must stay until it is done.
+"""
+
+import numpy as np
+from numba import int64
+
+from kernels.chain import SEGMENTS_MAX
+from kernels.jit import kernel
+
+#: Requests of one worker that can be under way; one vring has at most half of them.
+REQUESTS_MAX = 512
+#: Segments that a request under way may have; longer ones are done on the spot.
+SEGMENTS_EACH = 256
+#: Rows of a segment list with room for the chain in hand twice, and for every request under way twice: the second
+#: copy stays whole and tells the dirty-page log what was written.
+SEGMENT_ROWS = 2 * SEGMENTS_MAX + REQUESTS_MAX * 2 * SEGMENTS_EACH
+NOBODY = -1
+
+REQUEST = np.dtype(
+    [
+        ("ring", "<i8"),  # index of its ring
+        ("head", "<i8"),  # its chain: head, and what a packed ring knows of it (RING's fields of these names)
+        ("slots", "<i8"),
+        ("buffer_id", "<i8"),
+        ("entry", "<i8"),
+        ("status_address", "<u8"),  # where the driver wants the status
+        ("kind", "<i8"),  # BLK_T_*
+        ("sector", "<u8"),
+        ("length", "<u8"),  # bytes of data
+        ("first", "<i8"),  # its data: rows first to end of the segment list
+        ("end", "<i8"),
+        ("logged_end", "<i8"),  # rows first + SEGMENTS_EACH to here: everything it writes, for the dirty-page log
+        ("write_through", "<i8"),
+        ("next", "<i8"),  # in the list of free slots, or of those that wait for a helper; -1 ends it
+        ("merged", "<i8"),  # the next of those that are done together with it; -1: no more
+        ("last_merged", "<i8"),
+        ("whole_end", "<i8"),  # end and length with those merged into it
+        ("whole_length", "<u8"),
+        ("status", "<i8"),  # OK or ERR_*, when a helper has done it
+        ("written", "<u8"),  # bytes written into guest memory
+    ],
+    align=True,
+)
+
+#: Who has which slot; one record, private to the process.
+BOARD = np.dtype(
+    [
+        ("free", "<i8"),  # first free slot
+        ("under_way", "<i8"),
+        ("open", "<i8"),  # a read or write that the next one may be merged into; not handed on yet
+        ("first_waiting", "<i8"),  # for a helper
+        ("last_waiting", "<i8"),
+        ("free_helpers", "<i8"),
+        ("merges", "<u8"),  # requests that went along with another
+        ("redone", "<u8"),  # requests that io_uring did not do, or not wholly, and a helper did again
+    ],
+    align=True,
+)
+
+
+def lay_out(board: np.ndarray, requests: np.ndarray) -> None:
+    """Make every slot free. board: BOARD[1], requests: REQUEST[REQUESTS_MAX]."""
+    count = len(requests)
+    requests["next"] = np.arange(1, count + 1)
+    requests["next"][count - 1] = NOBODY
+    board["free"] = 0
+    board["open"] = board["first_waiting"] = board["last_waiting"] = NOBODY
+
+
+@kernel
+def room_of(slot):
+    """First row of a slot's own segments."""
+    return int64(2 * SEGMENTS_MAX) + int64(slot) * int64(2 * SEGMENTS_EACH)
+
+
+@kernel
+def take_slot(board, requests, ring):
+    """A free slot for the chain in hand of `ring`; there is one (`has_room`)."""
+    slot = board.free
+    request = requests[slot]
+    board.free = request.next
+    board.under_way += 1
+    ring.under_way += 1
+    request.ring = ring.index
+    request.slots = ring.slots
+    request.buffer_id = ring.buffer_id
+    request.entry = ring.entry
+    request.next = NOBODY
+    request.merged = NOBODY
+    return slot
+
+
+@kernel
+def give_slot_back(board, requests, slot, ring):
+    """The request of the slot is done."""
+    requests[slot].next = board.free
+    board.free = slot
+    board.under_way -= 1
+    ring.under_way -= 1
+
+
+@kernel
+def has_room(board, ring):
+    """Whether one more chain of the ring can be under way, or another must end first."""
+    if ring.in_order and ring.under_way > 0:
+        return False
+    return board.free != NOBODY and ring.under_way < int64(REQUESTS_MAX // 2)
+
+
+@kernel
+def copy_rows(segments, to, first, end):
+    """Copy rows of a segment list. Returns the end of the copy."""
+    for k in range(first, end):
+        segments[to, 0] = segments[k, 0]
+        segments[to, 1] = segments[k, 1]
+        to += 1
+    return to
+
+
+@kernel
+def wait_for_helper(board, requests, slot):
+    """Put a request at the end of the list."""
+    requests[slot].next = NOBODY
+    if board.first_waiting == NOBODY:
+        board.first_waiting = slot
+    else:
+        requests[board.last_waiting].next = slot
+    board.last_waiting = slot
+
+
+@kernel
+def next_waiting(board, requests):
+    """Take the first request off the list; -1: none."""
+    slot = board.first_waiting
+    if slot != NOBODY:
+        board.first_waiting = requests[slot].next
+        requests[slot].next = NOBODY
+    return slot
