@@ -159,6 +159,8 @@ libc_poll = types.ExternalFunction("poll", types.int32(types.uint64, types.uint6
 libc_sched_yield = types.ExternalFunction("sched_yield", types.int32())
 libc_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.uint64))
 libc_epoll_wait = types.ExternalFunction("epoll_wait", types.int32(types.int32, types.uint64, types.int32, types.int32))
+#: syscall(2), for calls that libc has no function for: number and six arguments.
+libc_syscall = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
 end_process = types.ExternalFunction("_exit", types.void(types.int32))
 _errno_location = types.ExternalFunction("__errno_location", types.uint64())
 libc_mmap = types.ExternalFunction(
@@ -169,6 +171,7 @@ libc_mmap = types.ExternalFunction(
 EINTR = 4  # <errno.h>
 EAGAIN = 11
 EFAULT = 14
+EBUSY = 16
 EINVAL = 22
 EOPNOTSUPP = 95
 
