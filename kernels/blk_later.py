@@ -46,7 +46,7 @@ def push(work, slot):
     fd = int32(work.disk.fd)
     if request.kind == BLK_T_FLUSH:
         return uring.push_fsync(work.uring, fd, uint64(slot))
-    if (request.kind != BLK_T_IN and request.kind != BLK_T_OUT) or work.disk.bounces:
+    if (request.kind not in (BLK_T_IN, BLK_T_OUT)) or work.disk.bounces:
         return False
     writing = request.kind == BLK_T_OUT
     first = room_of(slot)
@@ -124,7 +124,7 @@ def keep(work, ring, head, kind, sector, first, end, status_address, logged, log
     request.whole_end = request.end
     request.whole_length = request.length
     request.last_merged = slot
-    mergeable = work.disk.merge_bytes != _ZERO and not ring.log_bytes and (kind == BLK_T_IN or kind == BLK_T_OUT)
+    mergeable = work.disk.merge_bytes != _ZERO and not ring.log_bytes and (kind in (BLK_T_IN, BLK_T_OUT))
     if work.board.open != NOBODY:
         if mergeable and merge(work, slot):
             return

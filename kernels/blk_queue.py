@@ -85,7 +85,7 @@ def do_here(work, ring, kind, sector, read_first, read_end, write_first, write_e
         return write_here(work, read_first, read_end, sector, length, ring.write_through)
     if kind == BLK_T_FLUSH:
         return OK if work.disk.unsafe else LATER
-    if kind == BLK_T_DISCARD or kind == BLK_T_WRITE_ZEROES:
+    if kind in (BLK_T_DISCARD, BLK_T_WRITE_ZEROES):
         return LATER
     return ERR_UNSUPPORTED
 

@@ -4,7 +4,7 @@ Returns to the interpreter for one reason only: a command of the coordinator is 
 """
 
 import numpy as np
-from numba import int32, int64, uint64
+from numba import int64, uint64
 
 from kernels import control_block as cb
 from kernels.blk_queue import end_some, serve_ring

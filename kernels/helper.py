@@ -15,25 +15,24 @@ IDLE = 0
 GIVEN = 1  # the worker: do the request of `slot`
 DONE = 2  # the helper: it is done
 
+#: Padded to 128 bytes: two helpers share no cache line.
 HELPER = np.dtype(
-    [
-        ("state", "<u4"),
-        ("wake_fd", "<i4"),
-        ("slot", "<i8"),
-        ("done_fd", "<i8"),  # eventfd of the worker
-        ("one", "<u8"),  # address of a 64-bit 1
-        ("scratch", "<u8"),  # 64 bytes of the thread's own
-        ("_pad", "V88"),  # two helpers share no cache line
-    ]
+    {
+        "names": ["state", "wake_fd", "slot", "done_fd", "one", "scratch"],
+        "formats": ["<u4", "<i4", "<i8", "<i8", "<u8", "<u8"],
+        "offsets": [0, 4, 8, 16, 24, 32],
+        "itemsize": 128,
+    }
 )
-assert HELPER.itemsize == 128
+# state: IDLE, GIVEN or DONE. done_fd: eventfd of the worker. one: address of a 64-bit 1. scratch: address of 64 bytes.
+_RECORD_BYTES = np.uint64(HELPER.itemsize)
 _STATE = np.uint64(offset_of(HELPER, "state"))
 
 
 @kernel
 def state_address(helpers, index):
     """Address of a helper's state."""
-    return uint64(helpers.ctypes.data) + uint64(index) * uint64(HELPER.itemsize) + _STATE
+    return uint64(helpers.ctypes.data) + uint64(index) * _RECORD_BYTES + _STATE
 
 
 @kernel

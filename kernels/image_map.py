@@ -76,9 +76,9 @@ def in_memory(disk, offset, length):
     end = offset + length
     granule = offset >> _GRANULE_SHIFT
     while granule << _GRANULE_SHIFT < end:
-        if load_u8(disk.granules_address + granule) != uint8(disk.granule_mark):
-            if not ask_for_granule(disk, granule, offset, end):
-                return False
+        known = load_u8(disk.granules_address + granule) == uint8(disk.granule_mark)
+        if not known and not ask_for_granule(disk, granule, offset, end):
+            return False
         granule += _ONE
     return True
 

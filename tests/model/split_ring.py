@@ -19,6 +19,7 @@ class SplitDevice(DeviceRing):
     def __init__(self, memory, place, inflight=None, base=0):
         super().__init__(memory, place, inflight)
         self.last_avail_idx = self.used_idx = self.decided_idx = base
+        self.batch = []  # heads given back and not published
 
     def _get(self, offset):
         return struct.unpack_from("<H", self.memory.pieces[self.place.piece], offset)[0]
@@ -54,21 +55,29 @@ class SplitDevice(DeviceRing):
         self.last_avail_idx = (self.last_avail_idx + 1) & 0xFFFF
 
     def give_back(self, chain, written):
-        """A used element; with inflight tracking every batch is one element."""
+        """A used element; with inflight tracking it is linked to the batch."""
         slot = self.used_idx % self.place.size
         self.memory.pack("<II", self.place.piece, self.place.used + 4 + 8 * slot, chain.head, written & 0xFFFFFFFF)
         self.mark_used(4 + 8 * slot, 8)
         self.used_idx = (self.used_idx + 1) & 0xFFFF
+        self.batch.append(chain.head)
         if self.inflight is None:
             return
-        _, _, _, batch, _ = HEAD.unpack_from(self.inflight)
-        counter = STATE.unpack_from(self.inflight, 16 + 16 * chain.head)[2]
-        self._put(self.place.used + 2, self.used_idx)
-        STATE.pack_into(self.inflight, 16 + 16 * chain.head, 0, batch, counter)
-        struct.pack_into("<HH", self.inflight, 12, chain.head, self.used_idx)
+        _, _, _, last, _ = HEAD.unpack_from(self.inflight)
+        inflight, _, counter = STATE.unpack_from(self.inflight, 16 + 16 * chain.head)
+        STATE.pack_into(self.inflight, 16 + 16 * chain.head, inflight, last, counter)
+        struct.pack_into("<H", self.inflight, 12, chain.head)
 
     def publish(self):
         self._put(self.place.used + 2, self.used_idx)
+        if self.inflight is not None:
+            # By the links, as who takes over does: a driver that has one head twice in a batch breaks them.
+            _, _, _, head, _ = HEAD.unpack_from(self.inflight)
+            for _ in self.batch:
+                self.inflight[16 + 16 * head] = 0
+                head = STATE.unpack_from(self.inflight, 16 + 16 * head)[1]
+            struct.pack_into("<H", self.inflight, 14, self.used_idx)
+        self.batch = []
         self.mark_used(2, 2)
 
     def used_since(self):
@@ -103,7 +112,7 @@ class SplitDevice(DeviceRing):
             self.mark_used(0, 2)
 
     def resume(self, base):
-        """Go on where a former device ended. The used ring tells how far it got, for chains are used in order."""
+        """Go on where a former device ended: the used ring tells how many are used, the inflight region which not."""
         size = self.place.size
         self.used_idx = self.decided_idx = self._get(self.place.used + 2)
         heads = []

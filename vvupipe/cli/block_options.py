@@ -43,6 +43,8 @@ class BlockOptions:
     serial: str | None
     cache: str
     direct: bool
+    engine: str
+    sqpoll: bool
     sparse: bool
     lock: bool
     spin_us: int

@@ -50,6 +50,15 @@ device.add_command(discovery)
     help="Where a completed write is: in the host's page cache, or on the disk; unsafe ignores flushes.",
 )
 @click.option("--direct", is_flag=True, help="Go around the host's page cache (O_DIRECT).")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "mmap", "uring", "sync"]),
+    default="auto",
+    show_default=True,
+    help="How the image is read and written: copies from and to a mapping of it, io_uring, or preadv and pwritev; "
+    "auto takes mmap, with --direct uring, and sync where those cannot be.",
+)
+@click.option("--sqpoll", is_flag=True, help="Have a thread of the kernel take io_uring's requests: it spins.")
 @click.option("--sparse/--no-sparse", default=True, show_default=True, help="Offer discard; punch holes for zeroes.")
 @click.option("--lock/--no-lock", default=True, show_default=True, help="Lock the image as QEMU does.")
 @click.option(
@@ -84,6 +93,7 @@ def block(as_json: bool, verbose: int, cpus: list[int] | None, **options: Any) -
 async def _serve_block(options: BlockOptions) -> int:
     from vvupipe.devices import server
     from vvupipe.devices.block.device import BlockDevice, CacheMode
+    from vvupipe.devices.block.engine import Engine, choose
     from vvupipe.devices.block.image import open_image
     from vvupipe.events import EventPrinter
     from vvupipe.vhost_user.socket_transport import SocketTransport
@@ -98,6 +108,7 @@ async def _serve_block(options: BlockOptions) -> int:
         direct=options.direct,
         lock=options.lock,
     )
+    engine = choose(Engine(options.engine), image, sqpoll=options.sqpoll)
     transport: Transport
     if options.socket is not None:
         transport = SocketTransport.listen(options.socket)
@@ -116,5 +127,6 @@ async def _serve_block(options: BlockOptions) -> int:
         options.spin_us * 1000,
         CacheMode(options.cache),
         sparse=options.sparse,
+        engine=engine,
     )
     return await server.run(device, transport, EventPrinter(as_json=options.as_json))

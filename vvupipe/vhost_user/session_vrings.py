@@ -9,7 +9,14 @@ import os
 from collections.abc import Callable
 
 from kernels.inflight_layout import part_bytes
-from kernels.virtio_layout import F_ACCESS_PLATFORM, F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_RING_PACKED, PACKED_WRAP
+from kernels.virtio_layout import (
+    F_ACCESS_PLATFORM,
+    F_IN_ORDER,
+    F_RING_EVENT_IDX,
+    F_RING_INDIRECT_DESC,
+    F_RING_PACKED,
+    PACKED_WRAP,
+)
 from vvupipe.errors import Disconnected, ProtocolError, TransportError, WorkerError
 from vvupipe.fd_socket import wait_fd
 from vvupipe.memory.doorbell import Doorbell
@@ -289,6 +296,7 @@ class SessionVrings:
             indirect=bool(self.features & F_RING_INDIRECT_DESC),
             write_through=self._device.write_through(self.features),
             packed=self.packed,
+            in_order=bool(self.features & F_IN_ORDER),
             iotlb=bool(self.features & F_ACCESS_PLATFORM),
             base=self._base(vring),
             log_used=bool(vring.flags & VRING_F_LOG),

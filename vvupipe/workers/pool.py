@@ -205,9 +205,9 @@ class WorkerPool:
         """
         slot = self._slot(setup.index)
         self._forget(slot, setup.index)
-        if setup.packed and setup.inflight_fd < 0:
-            # A packed ring itself does not tell where a worker that died had got to.
-            setup.inflight_bytes = part_bytes(setup.size, packed=True)
+        if setup.inflight_fd < 0:
+            # Requests complete in any order: the ring itself does not tell which a worker that died had not done.
+            setup.inflight_bytes = part_bytes(setup.size, packed=setup.packed)
             setup.inflight_offset = 0
             setup.inflight_fd = create_unnamed(setup.inflight_bytes)
         await self._worker(slot)  # before the setup is remembered, or a new worker would be given it twice
@@ -220,7 +220,7 @@ class WorkerPool:
         return StartedVring(int(answer["last_avail_idx"]), int(answer["again"]), bool(answer["waits"]))
 
     async def stop_vring(self, index: int) -> int:
-        """Stop a vring, after the request that its worker is at. Returns last_avail_idx."""
+        """Stop a vring, when all its requests that were taken are done. Returns last_avail_idx."""
         slot = self._slot(index)
         self._tell_broken(index)
         answer = await self._command(slot, {"op": "stop", "index": index})

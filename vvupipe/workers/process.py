@@ -18,10 +18,8 @@ import numpy.typing as npt
 
 from kernels import bus_error, vring, worker_loop
 from kernels import control_block as layout
-from kernels.chain import SEGMENTS_MAX
 from kernels.ring_record import RING
 from kernels.status import ERR_RING_ADDRESS, MISS, OK, TEXT
-from kernels.virtio_layout import QUEUE_SIZE_MAX
 from vvupipe.errors import WorkerError
 from vvupipe.memory.mapping import Mapping
 from vvupipe.workers import commands
@@ -35,11 +33,40 @@ _SA_SIGINFO = 4  # sigaction(2)
 _MAP_FIXED_NOREPLACE = 0x100000  # mmap(2)
 
 
+#: fields of RING that a start brings
+_SETUP = (
+    "size",
+    "packed",
+    "iotlb",
+    "event_idx",
+    "indirect",
+    "in_order",
+    "write_through",
+    "log_used",
+    "log_gpa",
+)
+#: those that go on from where they were
+_COUNTERS = (
+    "requests",
+    "errors",
+    "read_bytes",
+    "written_bytes",
+    "flushes",
+    "kicks",
+    "calls",
+    "turns",
+    "waiting_sum",
+)
+
+
 class DeviceKernel(Protocol):
     """The device's part of a worker."""
 
-    def open(self, fields: commands.Fields, fds: list[int], worker_address: int) -> None:
-        """Take over the device's own fds and numbers. Raises: OSError, ValueError."""
+    def open(self, fields: commands.Fields, fds: list[int], loop: npt.NDArray[np.void], num_vrings: int) -> list[int]:
+        """Take over the device's own fds and numbers. loop: worker_loop.LOOP, for its addresses.
+
+        Returns the files that are polled besides kicks, -1 for none. Raises: OSError, ValueError.
+        """
 
     def serve(
         self,
@@ -48,10 +75,15 @@ class DeviceKernel(Protocol):
         pollfds: npt.NDArray[np.void],
         regions: Table,
         memory: Table,
-        segments: Table,
-        copied: Table,
     ) -> None:
-        """Run the device's kernel until a command waits (blk_worker.serve says what the arrays are)."""
+        """Run the device's kernel until a command waits.
+
+        rings: RING[n]; pollfds: POLLFD, the command socket, then a kick for each ring, then the device's own. regions:
+        uint64[m, 5], what drivers' addresses mean; memory: uint64[m, 5], the memory table (kernels.regions).
+        """
+
+    def drain(self, rings: npt.NDArray[np.void], pollfds: npt.NDArray[np.void], memory: Table) -> None:
+        """Wait until no request is under way."""
 
     def command(self, fields: commands.Fields) -> None:
         """A command of the device's own. Raises: WorkerError when it is unknown."""
@@ -80,9 +112,6 @@ class Worker(CommandExecutor):
         self._resubmit: dict[int, npt.NDArray[np.int64]] = {}
         self._inflight: dict[int, Mapping] = {}
         self._log_fd = -1
-        # The second half keeps what a request writes, for the dirty-page log.
-        self._segments = np.zeros((2 * SEGMENTS_MAX, 2), np.uint64)
-        self._copied = np.zeros((QUEUE_SIZE_MAX, 2), np.uint64)
         self._scratch = np.zeros(8, np.uint64)
         self._one = np.ones(1, np.uint64)
         self._loop = np.zeros(1, worker_loop.LOOP)
@@ -102,9 +131,11 @@ class Worker(CommandExecutor):
         # Who has an IOTLB has it for every vring: the feature is the device's.
         translated = bool(np.any(self._rings["iotlb"]))
         regions = self._memory.translations if translated else self._memory.table
-        self._device.serve(
-            self._loop[0], self._rings, self._pollfds, regions, self._memory.table, self._segments, self._copied
-        )
+        self._device.serve(self._loop[0], self._rings, self._pollfds, regions, self._memory.table)
+
+    def _drain(self) -> None:
+        """Nobody touches guest memory, the image or the log from here on, until `_serve`."""
+        self._device.drain(self._rings, self._pollfds, self._memory.table)
 
     def _do_open(self, fields: commands.Fields, fds: list[int]) -> None:
         self._index = int(fields["worker"])
@@ -118,10 +149,6 @@ class Worker(CommandExecutor):
             self._rings[name] = -1
         self._rings["index"] = np.arange(num_vrings)
         self._rings["record"] = [self._block.vring_address(k) for k in range(num_vrings)]
-        self._pollfds = np.zeros(num_vrings + 1, worker_loop.POLLFD)
-        self._pollfds["events"] = worker_loop.POLLIN
-        self._pollfds["fd"] = -1
-        self._pollfds["fd"][0] = self._sock.fileno()
         loop = self._loop[0]
         loop["record"] = address
         loop["scratch"] = self._scratch.ctypes.data
@@ -129,10 +156,16 @@ class Worker(CommandExecutor):
         loop["notice_fd"] = fds.pop(0)
         loop["spin_max_ns"] = loop["spin_ns"] = int(fields["spin_max_ns"])
         loop["bus_errors_seen"] = self._block.workers["bus_errors"][self._index]
-        self._device.open(fields["device"], fds, address)
+        own_fds = self._device.open(fields["device"], fds, loop, num_vrings)
+        self._pollfds = np.zeros(1 + num_vrings + len(own_fds), worker_loop.POLLFD)
+        self._pollfds["events"] = worker_loop.POLLIN
+        self._pollfds["fd"] = -1
+        self._pollfds["fd"][0] = self._sock.fileno()
+        self._pollfds["fd"][1 + num_vrings :] = own_fds
         # Compile, or load from the cache, now rather than when a front-end waits: one turn with nothing to do.
         self._loop["attention_seen"] = self._block.workers["attention"][self._index] - np.uint32(1)
         self._serve()
+        self._drain()
         self._warm_up_starting()
 
     def _warm_up_starting(self) -> None:
@@ -172,6 +205,7 @@ class Worker(CommandExecutor):
 
     def _do_memory(self, fields: commands.Fields, fds: list[int]) -> None:
         """Replace the memory table; rings that run go on at their new addresses."""
+        self._drain()
         unused = self._memory.set_table(fields)
         self._place_again()
         for mapping in unused:
@@ -179,6 +213,8 @@ class Worker(CommandExecutor):
 
     def _do_iotlb(self, fields: commands.Fields, fds: list[int]) -> None:
         """Change translations; rings that waited for one look again."""
+        if fields.get("clear") or fields.get("invalidate"):
+            self._drain()
         self._memory.change_translations(fields)
         self._place_again()
 
@@ -235,10 +271,10 @@ class Worker(CommandExecutor):
             ring[name] = fds.pop(0) if fields[name] else -1
         if ring["kick_fd"] >= 0:
             os.set_blocking(int(ring["kick_fd"]), False)
-        for name in ("size", "packed", "iotlb", "event_idx", "indirect", "write_through", "log_used", "log_gpa"):
+        for name in _SETUP:
             ring[name] = int(fields[name])
         record = self._block.vrings[index]
-        for name in ("requests", "errors", "read_bytes", "written_bytes", "flushes", "kicks", "calls"):
+        for name in _COUNTERS:
             ring[name] = record[name]
         ring["error"] = ring["inflight"] = 0
         ring["last_avail_idx"] = ring["used_idx"] = fields["base"]
@@ -266,6 +302,7 @@ class Worker(CommandExecutor):
     def _do_stop(self, fields: commands.Fields, fds: list[int]) -> commands.Fields:
         index = int(fields["index"])
         ring = self._rings[index]
+        self._drain()
         if ring["state"] == layout.VRING_RUNNING:
             vring.want_kicks(ring)
         vring.set_state(ring, layout.VRING_STOPPED)
@@ -278,10 +315,12 @@ class Worker(CommandExecutor):
 
     def _do_write_through(self, fields: commands.Fields, fds: list[int]) -> None:
         """Whether writes go to the disk before they complete, for every ring from here on."""
+        self._drain()
         self._rings["write_through"] = int(fields["on"])
 
     def _do_log(self, fields: commands.Fields, fds: list[int]) -> None:
         """The dirty-page log of every ring; its eventfd is the second file, if there is one."""
+        self._drain()
         self._rings["log_bytes"] = 0
         address, size_bytes = self._memory.map_log(fields, fds)
         if self._log_fd >= 0:
@@ -293,6 +332,7 @@ class Worker(CommandExecutor):
 
     def _do_log_used(self, fields: commands.Fields, fds: list[int]) -> None:
         """Whether and where one ring's used ring is logged."""
+        self._drain()
         ring = self._rings[int(fields["index"])]
         ring["log_used"] = int(fields["on"])
         ring["log_gpa"] = int(fields["gpa"])
@@ -309,6 +349,7 @@ class Worker(CommandExecutor):
             ring["signalled_valid"] = 0  # a call may have gone to the old one, unheard
 
     def _do_device(self, fields: commands.Fields, fds: list[int]) -> None:
+        self._drain()
         self._device.command(fields["command"])
 
     def _do_ping(self, fields: commands.Fields, fds: list[int]) -> None:

@@ -26,6 +26,7 @@ class VringSetup:
     indirect: bool
     write_through: bool
     packed: bool = False
+    in_order: bool = False
     iotlb: bool = False
     base: int = 0
     log_used: bool = False
@@ -49,6 +50,7 @@ class VringSetup:
             "indirect": int(self.indirect),
             "write_through": int(self.write_through),
             "packed": int(self.packed),
+            "in_order": int(self.in_order),
             "iotlb": int(self.iotlb),
             "base": self.base,
             "log_used": int(self.log_used),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from kernels import virtio_layout as layout
 from kernels.blk_ranges import RANGE_SECTORS_MAX, RANGES_MAX
 from vvupipe.devices.block.config_space import WRITEBACK_OFFSET, ConfigSpace
+from vvupipe.devices.block.engine import Engine, EngineChoice, choose, engine_fields
 from vvupipe.devices.block.image import Image
 from vvupipe.errors import ProtocolError, WorkerError
 from vvupipe.units import human_bytes
@@ -48,13 +49,15 @@ class BlockDevice:
         cache: CacheMode = CacheMode.WRITEBACK,
         *,
         sparse: bool = True,
+        engine: EngineChoice | None = None,
     ) -> None:
-        """sparse: offer discard and give blocks back when zeroes are written."""
+        """sparse: offer discard and give blocks back when zeroes are written. engine: None takes the best there is."""
         self.image = image
         self.num_queues = num_queues
         self.queue_size_max = queue_size
         self.on_config_change: Callable[[], None] = lambda: None
         self._cache = cache
+        self._engine = engine or choose(Engine.AUTO, image)
         self._writeback = cache != CacheMode.WRITETHROUGH
         self._discard = sparse and image.limits.discard
         self._unmap = sparse and image.limits.write_zeroes_unmap
@@ -89,6 +92,7 @@ class BlockDevice:
             "can_write_zeroes": self._write_zeroes,
             "can_punch": self._unmap,
             "can_zero_range": image.limits.write_zeroes,
+            **engine_fields(self._engine, image),
         }
         self._worker_fields = fields
         worker = DeviceWorker("vvupipe.devices.block.worker", fields, (image.fd,))
@@ -177,8 +181,9 @@ class BlockDevice:
         """What is served, for a person (`text`) and for --json."""
         image = self.image
         kind = "read-only disk" if image.read_only else "disk"
+        how = f"engine {self._engine.engine.value}"
         return {
-            "text": f"{image.path} ({kind}, {human_bytes(image.size_bytes)}, serial {image.serial})",
+            "text": f"{image.path} ({kind}, {human_bytes(image.size_bytes)}, serial {image.serial}, {how})",
             "file": str(image.path),
             "size_bytes": image.size_bytes,
             "block_size_bytes": image.block_size_bytes,
@@ -187,6 +192,7 @@ class BlockDevice:
             "cache": self._cache.value,
             "direct": image.direct,
             "discard": self._discard,
+            "engine": self._engine.engine.value,
         }
 
     # Life.

@@ -5,22 +5,40 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kernels import blk_worker
+from kernels import blk_helper, blk_worker, image_map, request
 from kernels import control_block as layout
 from kernels.blk_bounce import BOUNCE_BYTES
 from kernels.blk_disk import DISK
-from kernels.virtio_layout import BLK_ID_BYTES, SECTOR_BYTES
+from kernels.blk_work import BlockWork
+from kernels.uring_layout import URING
+from kernels.virtio_layout import BLK_ID_BYTES, QUEUE_SIZE_MAX, SECTOR_BYTES
 from vvupipe.errors import WorkerError
 from vvupipe.memory.mapping import Mapping
 from vvupipe.workers import commands, process
+from vvupipe.workers.helpers import Helpers
+from vvupipe.workers.io_uring import IoUring
 from vvupipe.workers.worker_memory import Table
 
-#: fields of DISK that say what the image can do
-_ABILITIES = ("can_discard", "can_write_zeroes", "can_punch", "can_zero_range")
+#: fields of DISK that the coordinator sets
+_FROM_COORDINATOR = (
+    "read_only",
+    "direct",
+    "unsafe",
+    "is_block",
+    "can_discard",
+    "can_write_zeroes",
+    "can_punch",
+    "can_zero_range",
+    "nowait",
+    "write_here",
+    "merge_bytes",
+    "map_always",
+)
 
 
 class BlockKernel:
@@ -30,42 +48,102 @@ class BlockKernel:
         self._disk = np.zeros(1, DISK)
         self._serial = np.zeros(BLK_ID_BYTES, np.uint8)
         self._mapping: Mapping | None = None
+        self._vector = np.zeros(image_map.VECTOR_BYTES, np.uint8)
         # Pages of their own, as direct I/O wants them.
         self._bounce = mmap.mmap(-1, BOUNCE_BYTES)
         self._zeros = mmap.mmap(-1, BOUNCE_BYTES)
+        self._segments = np.zeros((request.SEGMENT_ROWS, 2), np.uint64)
+        self._copied = np.zeros((QUEUE_SIZE_MAX, 2), np.uint64)
+        self._requests = np.zeros(request.REQUESTS_MAX, request.REQUEST)
+        self._board = np.zeros(1, request.BOARD)
+        self._tokens = np.zeros(request.REQUESTS_MAX, np.uint64)
+        self._results = np.zeros(request.REQUESTS_MAX, np.int64)
+        self._uring: IoUring | None = None
+        self._no_uring = np.zeros(1, URING)
+        self._no_uring["fd"] = -1
+        self._helper_disks: list[npt.NDArray[np.void]] = []
+        self._helper_bounces: list[mmap.mmap] = []
 
-    def open(self, fields: commands.Fields, fds: list[int], worker_address: int) -> None:
-        """Take over the image's fd; map it when it can be mapped, for reads only."""
+    def open(self, fields: commands.Fields, fds: list[int], loop: npt.NDArray[np.void], num_vrings: int) -> list[int]:
+        """Take over the image's fd; map it, set io_uring up, start helpers, as `fields` want it."""
         disk = self._disk[0]
         size_bytes = int(fields["size_bytes"])
         disk["fd"] = os.dup(fds[0])
         disk["capacity_sectors"] = size_bytes // SECTOR_BYTES
-        disk["read_only"] = int(fields["read_only"])
         serial = str(fields["serial"]).encode()[:BLK_ID_BYTES]
         self._serial[: len(serial)] = list(serial)
         disk["id_address"] = self._serial.ctypes.data
-        disk["bounce_address"] = np.frombuffer(self._bounce, np.uint8).ctypes.data
-        disk["zeros_address"] = np.frombuffer(self._zeros, np.uint8).ctypes.data
+        disk["vector_address"] = self._vector.ctypes.data
+        disk["bounce_address"] = _address(self._bounce)
+        disk["zeros_address"] = _address(self._zeros)
         disk["zeros_bytes"] = BOUNCE_BYTES
-        for name in ("direct", "unsafe", "is_block", *_ABILITIES):
+        for name in _FROM_COORDINATOR:
             disk[name] = int(fields[name])
-        disk["bus_errors"] = worker_address + layout.offset_of(layout.WORKER, "bus_errors")
+        disk["bus_errors"] = int(loop["record"]) + layout.offset_of(layout.WORKER, "bus_errors")
+        self._maps, self._writable_map = bool(fields["maps"]), bool(fields["writable_map"])
         self._map(size_bytes)
+        self._loop = loop
+        self._running = np.zeros(num_vrings, np.int64)
+        request.lay_out(self._board, self._requests)
+        if fields["uring"]:
+            self._uring = IoUring.open(request.REQUESTS_MAX, sqpoll=bool(fields["sqpoll"]))
+            self._uring.register_file(int(disk["fd"]))
+        self._helpers = Helpers(int(fields["helpers"]))
+        self._board["free_helpers"] = len(self._helpers.records)
+        self._start_helpers()
+        return [self._uring.fd if self._uring else -1, self._helpers.done_fd]
+
+    def _start_helpers(self) -> None:
+        for _ in range(len(self._helpers.records)):
+            self._helper_disks.append(self._disk.copy())
+            self._helper_bounces.append(mmap.mmap(-1, BOUNCE_BYTES))
+            self._helper_disks[-1]["bounce_address"] = _address(self._helper_bounces[-1])
+        self._helpers.start(self._help)
+
+    def _help(self, index: int) -> None:
+        blk_helper.help_worker(
+            self._helpers.records, index, self._requests, self._segments, self._helper_disks[index][0]
+        )
 
     def _map(self, size_bytes: int) -> None:
         disk = self._disk[0]
-        disk["map_address"] = disk["map_start"] = disk["map_bytes"] = 0
+        disk["map_address"] = disk["map_start"] = disk["map_bytes"] = disk["granules"] = 0
         if self._mapping:
             self._mapping.close()
             self._mapping = None
-        if disk["direct"]:
+        if not self._maps:
             return
         try:
-            self._mapping = Mapping(int(disk["fd"]), size_bytes, writable=False)
+            self._mapping = Mapping(int(disk["fd"]), size_bytes, writable=self._writable_map)
         except (OSError, ValueError):
-            return  # not every file can be mapped; the system calls do the same, more slowly
+            return  # the system calls do the same, more slowly
+        self._granules = np.zeros(-(-size_bytes >> image_map.GRANULE_SHIFT), np.uint8)
         disk["map_address"] = disk["map_start"] = self._mapping.address
         disk["map_bytes"] = size_bytes
+        disk["map_writable"] = self._writable_map
+        disk["granules_address"] = self._granules.ctypes.data
+        disk["granules"] = len(self._granules)
+        disk["granule_mark"] = 1
+
+    def _work(self, rings: npt.NDArray[np.void], regions: Table, memory: Table) -> BlockWork:
+        return BlockWork(
+            rings=rings,
+            running=self._running,
+            disk=self._disk[0],
+            regions=regions,
+            memory=memory,
+            segments=self._segments,
+            copied=self._copied,
+            board=self._board[0],
+            requests=self._requests,
+            uring=(self._uring.record if self._uring else self._no_uring)[0],
+            tokens=self._tokens,
+            results=self._results,
+            helpers=self._helpers.records,
+            scratch=np.uint64(self._loop["scratch"]),
+            one=np.uint64(self._loop["one"]),
+            notice_fd=np.int32(self._loop["notice_fd"]),
+        )
 
     def serve(
         self,
@@ -74,21 +152,28 @@ class BlockKernel:
         pollfds: npt.NDArray[np.void],
         regions: Table,
         memory: Table,
-        segments: Table,
-        copied: Table,
     ) -> None:
         """Run kernels.blk_worker.serve on the image."""
-        blk_worker.serve(loop, rings, pollfds, self._disk[0], regions, memory, segments, copied)
+        blk_worker.serve(loop, pollfds, self._work(rings, regions, memory))
+
+    def drain(self, rings: npt.NDArray[np.void], pollfds: npt.NDArray[np.void], memory: Table) -> None:
+        """Run kernels.blk_worker.drain."""
+        blk_worker.drain(pollfds, self._work(rings, memory, memory))
 
     def command(self, fields: commands.Fields) -> None:
         """`unmap`: the image shrank, read it by system call, which says so. `resize`: it has `size_bytes` now."""
         if fields["name"] == "unmap":
             self._disk["map_address"] = 0
         elif fields["name"] == "resize":
-            self._disk["capacity_sectors"] = fields["size_bytes"] // SECTOR_BYTES
+            for disk in (self._disk, *self._helper_disks):
+                disk["capacity_sectors"] = fields["size_bytes"] // SECTOR_BYTES
             self._map(int(fields["size_bytes"]))
         else:
             raise WorkerError(f"no such command of a block device: {fields['name']}")
+
+
+def _address(memory: mmap.mmap) -> Any:
+    return np.frombuffer(memory, np.uint8).ctypes.data
 
 
 if __name__ == "__main__":

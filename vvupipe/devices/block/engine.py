@@ -1,0 +1,84 @@
+"""How a worker reads and writes the image: by copying from a mapping, by io_uring, or by system calls that wait."""
+
+from __future__ import annotations
+
+import enum
+import mmap
+from dataclasses import dataclass
+
+from vvupipe.devices.block.image import Image
+from vvupipe.errors import UserError
+from vvupipe.workers import io_uring
+
+_MERGE_BYTES = 256 << 10
+_HELPERS = 16
+_HELPERS_BESIDE_URING = 4  # for what io_uring does not do
+
+
+class Engine(enum.StrEnum):
+    """The values of --engine. Whatever would make a worker wait is done by io_uring or a helper thread in each."""
+
+    AUTO = "auto"
+    MMAP = "mmap"  #: copy from and to a mapping of the image where that is in memory
+    URING = "uring"  #: everything by io_uring
+    SYNC = "sync"  #: preadv and pwritev, in helper threads where they wait
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """The engine of an image. uring: io_uring does what takes waiting; sqpoll: a thread of the kernel takes it."""
+
+    engine: Engine
+    uring: bool
+    sqpoll: bool = False
+    writable_map: bool = False
+
+
+def choose(wanted: Engine, image: Image, *, sqpoll: bool = False) -> EngineChoice:
+    """What `wanted` comes to for the image on this machine.
+
+    Raises: UserError when it is not possible.
+    """
+    missing = io_uring.available() if wanted != Engine.SYNC else "--engine sync does without it"
+    if missing and (wanted == Engine.URING or sqpoll):
+        hint = "use --engine sync" if wanted == Engine.URING else "leave --sqpoll away"
+        raise UserError(f"io_uring cannot be used: {missing}: {hint}")
+    if wanted == Engine.MMAP and image.direct:
+        raise UserError("--engine mmap goes through the page cache and --direct around it: leave one of them away")
+    readable, writable = (False, False) if image.direct else _mappable(image)
+    if wanted == Engine.MMAP and not readable:
+        raise UserError(f"{image.path} cannot be mapped: use --engine uring or sync")
+    if wanted == Engine.AUTO:
+        wanted = Engine.MMAP if readable else Engine.SYNC if missing else Engine.URING
+    return EngineChoice(wanted, not missing, sqpoll, writable and wanted == Engine.MMAP)
+
+
+def _mappable(image: Image) -> tuple[bool, bool]:
+    """Whether the image can be mapped for reading, and for writing."""
+    if not _maps(image, mmap.PROT_READ):
+        return False, False
+    return True, not image.read_only and _maps(image, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _maps(image: Image, protection: int) -> bool:
+    try:
+        mmap.mmap(image.fd, min(mmap.PAGESIZE, image.size_bytes), mmap.MAP_SHARED, protection).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def engine_fields(choice: EngineChoice, image: Image) -> dict[str, int]:
+    """What a worker is told (fields of kernels.blk_disk.DISK, and of worker.BlockKernel.open)."""
+    waits_here = choice.engine == Engine.SYNC and not image.direct
+    return {
+        "maps": choice.engine == Engine.MMAP,
+        "writable_map": choice.writable_map,
+        "map_always": 0,
+        "nowait": waits_here,
+        "write_here": waits_here,
+        "merge_bytes": _MERGE_BYTES,
+        "uring": choice.uring,
+        "sqpoll": choice.sqpoll,
+        "helpers": _HELPERS_BESIDE_URING if choice.uring else _HELPERS,
+    }
