@@ -194,6 +194,30 @@ def _submit_polled(uring, wait):
 
 
 @kernel
+def want_wakes(uring):
+    """Have `event_fd` written for completions from here on. True when there is something to do already: do not sleep.
+
+    An eventfd and not the ring's own fd: from Linux 6.3 on, a completion that waits for its thread (DEFER_TASKRUN)
+    wakes nobody who sleeps in poll on that.
+    """
+    store_u32(uring.cq_flags, uint32(0))
+    if uring.queued > 0:
+        return True
+    if uring.in_flight == 0:
+        return False
+    full_fence()  # the flag before the look at the CQ: the kernel adds a completion, then looks at the flag
+    # A work item that came before the flag has written no eventfd; entering finds it, whatever the CPU reordered.
+    failed = uring.setup_flags & _RUNS_TASK_WORK and _enter(uring, 0, 0, layout.ENTER_GETEVENTS) < 0
+    return failed or ready(uring) > 0
+
+
+@kernel
+def refuse_wakes(uring):
+    """Have no more written to `event_fd`: it costs each completion. What was written stays there: drain it."""
+    store_u32(uring.cq_flags, uint32(layout.CQ_EVENTFD_DISABLED))
+
+
+@kernel
 def reap(uring, user_datas, results):
     """Take completions out of the CQ, as many as the arrays hold: uint64[n], and int32[n] or int64[n]. How many.
 

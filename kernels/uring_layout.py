@@ -99,6 +99,8 @@ SQ_NEED_WAKEUP = 1 << 0
 SQ_CQ_OVERFLOW = 1 << 1
 SQ_TASKRUN = 1 << 2
 
+CQ_EVENTFD_DISABLED = 1 << 0  # Linux 5.8
+
 ENTER_GETEVENTS = 1 << 0
 ENTER_SQ_WAKEUP = 1 << 1
 
@@ -106,6 +108,7 @@ REGISTER_BUFFERS = 0
 UNREGISTER_BUFFERS = 1
 REGISTER_FILES = 2
 UNREGISTER_FILES = 3
+REGISTER_EVENTFD = 4
 REGISTER_PROBE = 8
 
 ENTRIES_MAX = 32768  # io_uring_setup(2)
@@ -116,6 +119,7 @@ BUFFERS_MAX = 16384
 URING = np.dtype(
     [
         ("fd", "<i8"),  # of the ring; -1: no ring
+        ("event_fd", "<i8"),  # eventfd to sleep on: readable when a completion is due after `want_wakes`
         ("fixed_file", "<i8"),  # 1: one file is registered, as index 0, and every request is for it
         ("setup_flags", "<i8"),  # SETUP_*
         ("sq_head", "<u8"),  # addresses in this process
@@ -127,6 +131,7 @@ URING = np.dtype(
         ("sq_entries", "<i8"),
         ("cq_head", "<u8"),  # addresses in this process
         ("cq_tail", "<u8"),
+        ("cq_flags", "<u8"),
         ("cq_overflow", "<u8"),
         ("cqes", "<u8"),
         ("cq_mask", "<u8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Iterable
@@ -51,9 +52,11 @@ class IoUring:
         self.record = np.zeros(1, layout.URING)
         self._mappings: list[Mapping] = []
         self._buffers = 0
+        self._event_fd = -1
         self.fd = calls.set_up(entries, parameters)
         try:
             self._map(parameters[0])
+            self._register_eventfd()
         except BaseException:
             self.close()
             raise
@@ -80,6 +83,8 @@ class IoUring:
     def _map(self, parameters: np.void) -> None:
         """Map SQ, CQ and SQEs, and say in `record` where everything lies."""
         sq, cq = parameters["sq_off"], parameters["cq_off"]
+        if not cq["flags"]:
+            raise OSError(errno.EOPNOTSUPP, calls.TOO_OLD)
         sq_entries, cq_entries = int(parameters["sq_entries"]), int(parameters["cq_entries"])
         sq_bytes = int(sq["array"]) + 4 * sq_entries
         cq_bytes = int(cq["cqes"]) + layout.CQE.itemsize * cq_entries
@@ -104,9 +109,17 @@ class IoUring:
             "cqes": cq_address + int(cq["cqes"]),
         }
         fields |= {f"sq_{name}": sq_address + int(sq[name]) for name in ("head", "tail", "flags", "dropped")}
-        fields |= {f"cq_{name}": cq_address + int(cq[name]) for name in ("head", "tail", "overflow")}
+        fields |= {f"cq_{name}": cq_address + int(cq[name]) for name in ("head", "tail", "flags", "overflow")}
         for name, value in fields.items():
             self.record[name] = value
+
+    def _register_eventfd(self) -> None:
+        """What a worker sleeps on; silent until kernels.uring.want_wakes."""
+        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        calls.register(self.fd, layout.REGISTER_EVENTFD, np.array([self._event_fd], np.int32), 1)
+        self.record["event_fd"] = self._event_fd
+        refuse_wakes = np.array([layout.CQ_EVENTFD_DISABLED], np.uint32)
+        ctypes.memmove(int(self.record["cq_flags"][0]), refuse_wakes.ctypes.data, refuse_wakes.nbytes)
 
     def _mapped(self, size_bytes: int, offset: int) -> Mapping:
         self._mappings.append(Mapping(self.fd, size_bytes, offset))
@@ -155,7 +168,7 @@ class IoUring:
             self._buffers = 0
 
     def missing_operations(self) -> list[str]:
-        """Names of the operations that kernels.uring needs and this Linux lacks. Raises: OSError (before 5.6)."""
+        """Names of the operations that kernels.uring needs and this Linux lacks. Raises: OSError."""
         probe = np.zeros(1, layout.PROBE)
         calls.register(self.fd, layout.REGISTER_PROBE, probe, layout.PROBE_OPS_MAX)
         flags = probe[0]["ops"]["flags"]
@@ -163,13 +176,14 @@ class IoUring:
 
     def close(self) -> None:
         """Unmap and close the ring. First reap what is in flight: Linux may go on reading and writing its memory."""
-        self.record["fd"] = -1
+        self.record["fd"] = self.record["event_fd"] = -1
         for mapping in self._mappings:
             mapping.close()
         self._mappings.clear()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        for fd in (self.fd, self._event_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._event_fd = -1
 
     def __enter__(self) -> IoUring:
         return self
@@ -190,5 +204,5 @@ def available() -> str | None:
         try:
             missing = ring.missing_operations()
         except OSError as error:
-            return "this kernel is too old (before 5.6)" if error.errno == errno.EINVAL else calls.reason(error)
+            return calls.TOO_OLD if error.errno == errno.EINVAL else calls.reason(error)
     return f"this kernel is too old (it has no {', '.join(missing)})" if missing else None

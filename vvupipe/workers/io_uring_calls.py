@@ -15,6 +15,7 @@ from kernels import uring_layout as layout
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
+TOO_OLD = "this kernel is too old (before 5.8)"
 _DISABLED = Path("/proc/sys/kernel/io_uring_disabled")  # Linux 6.6: 1 to those outside io_uring_group, 2 to all
 
 
@@ -49,6 +50,8 @@ def reason(error: OSError) -> str:
         return "this kernel forbids it (a security module?)"
     if error.errno == errno.ENOMEM:
         return "no memory for it (raise the limit of locked memory, ulimit -l)"
+    if error.errno == errno.EOPNOTSUPP:
+        return TOO_OLD
     return os.strerror(error.errno or 0)
 
 
