@@ -81,6 +81,15 @@ class BlkBackend:
         self._thread.start()
         return self
 
+    def wait(self, timeout_s):
+        """Wait until it ended by itself (`end`), or with an error."""
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive()
+
+    def end(self):
+        """Listen to nobody else; what is being served goes on."""
+        os.write(self._stop_w, b"x")
+
     def stop(self):
         os.write(self._stop_w, b"x")
         self._thread.join(10)
