@@ -28,6 +28,7 @@ class SiblingInflight:
         self._queue_size = queue_size
         self._say = say
         self._region: InflightRegion | None = None
+        self._handed_on = False  # the present back-end is not the one that made the region
         self._features = 0  # those of _RING_FEATURES that the vrings began with
 
     async def hand_over(self, frontend: Frontend) -> bool:
@@ -43,6 +44,7 @@ class SiblingInflight:
         if self._features != features:
             self._lose("the back-end offers other features of rings than the one before")
             self._features = features
+        self._handed_on = self._region is not None
         if self._region is not None:
             try:
                 await frontend.set_inflight(self._region)
@@ -50,6 +52,7 @@ class SiblingInflight:
                 self._lose("the back-end refused the inflight region of the one before")
             else:
                 return True
+        self._handed_on = False
         try:
             self._region = await frontend.get_inflight(self._num_vrings, self._queue_size)
             await frontend.set_inflight(self._region)
@@ -59,8 +62,13 @@ class SiblingInflight:
         return False
 
     def left_early(self) -> None:
-        """The back-end left before its vrings ran: that may be its way to refuse the region, and it gets another."""
-        self._lose("the back-end left while its vrings were started")
+        """The back-end left before its vrings ran. The next one gets another region.
+
+        With what the one before left, leaving may be its way to refuse it. With a new one, not every vring had begun.
+        """
+        if self._handed_on:
+            self._lose("the back-end left while it was given vrings that go on")
+        self.forget()
 
     def _lose(self, reason: str) -> None:
         if self._region is not None:

@@ -172,7 +172,7 @@ def test_a_region_that_is_refused_by_a_hang_up(path, capsys):
     backend._message = hang_up
     lines = verify(path, capsys, deaths)
     assert given == [True, False, True]
-    assert lines.count("the back-end left while its vrings were started: the vrings begin anew") == 1
+    assert lines.count("the back-end left while it was given vrings that go on: the vrings begin anew") == 1
 
 
 @pytest.mark.parametrize("refused", ["GET", "SET"])
