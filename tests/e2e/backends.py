@@ -108,14 +108,15 @@ def wait_until(condition, processes, timeout_s=READY_S):
 class Factory:
     """How to serve an image; `program` of `package` must be installed for it (None: nothing).
 
-    in_order: requests complete in the ring's order, so that QEMU, which resumes at used.idx, loses none when the
-    back-end was killed with several in flight. has_workers: child processes of the serving one do the I/O.
+    tracks_inflight: INFLIGHT_SHMFD is offered, so that QEMU gives the next back-end the region of a killed one and none
+    of several requests under way is lost, in whatever order they complete; without it QEMU resumes at used.idx.
+    has_workers: child processes of the serving one do the I/O.
     """
 
     make: Callable[[Path, Path], Backend]
     program: str | None = None
     package: str | None = None
-    in_order: bool = True
+    tracks_inflight: bool = True
     has_workers: bool = True
 
     @contextlib.contextmanager
@@ -185,7 +186,7 @@ def _vvupipe_vvu(image, folder):
 
 BACKENDS = {
     "storage-daemon": Factory(
-        _storage_daemon, "qemu-storage-daemon", "qemu-system-common", in_order=False, has_workers=False
+        _storage_daemon, "qemu-storage-daemon", "qemu-system-common", tracks_inflight=False, has_workers=False
     ),
     "vvupipe-socket": Factory(_vvupipe_socket),
     "vvupipe-vvu": Factory(_vvupipe_vvu),

@@ -145,7 +145,7 @@ def guest_through(interfere, factory, folder):
     image = folder / "disk.img"
     image.write_bytes(os.urandom(16 << 20))
     # 1 MiB is cut into three requests in flight at once, 256 KiB is one.
-    script = KILL_SCRIPT.replace("@BS@", str((1 << 20) if factory.in_order else (256 << 10)))
+    script = KILL_SCRIPT.replace("@BS@", str((1 << 20) if factory.tracks_inflight else (256 << 10)))
     with factory(image, folder) as backend:
         disk = {"socket_path": backend.socket, "num_queues": backend.queues}
         with Guest(folder, [disk], script, cpus=2) as guest:

@@ -19,27 +19,33 @@ from tests.mock.frontend import (
     F_VERSION_1,
     GET_CONFIG,
     GET_FEATURES,
+    GET_INFLIGHT_FD,
     GET_PROTOCOL_FEATURES,
     GET_QUEUE_NUM,
     GET_VRING_BASE,
     HEADER,
+    INFLIGHT_SHMFD,
     MQ,
     NEED_REPLY,
     REPLY,
     REPLY_ACK,
     SET_FEATURES,
+    SET_INFLIGHT_FD,
     SET_MEM_TABLE,
     SET_PROTOCOL_FEATURES,
     SET_VRING_ADDR,
+    SET_VRING_BASE,
     SET_VRING_CALL,
     SET_VRING_ENABLE,
     SET_VRING_ERR,
     SET_VRING_KICK,
     SET_VRING_NUM,
 )
+from tests.mock.inflight_region import SplitRegion, part_bytes
 
 ALL_FEATURES = F_PROTOCOL_FEATURES | F_VERSION_1 | F_EVENT_IDX | F_INDIRECT | F_BLK_FLUSH | F_BLK_MQ
 ALL_PROTOCOL = MQ | REPLY_ACK | CONFIG
+WITH_INFLIGHT = ALL_PROTOCOL | INFLIGHT_SHMFD
 
 
 class _Vring:
@@ -51,7 +57,8 @@ class BlkBackend:
     """Listens on `path` from `start` to `stop`. `refused`: requests that get a failure. `muted`: get no answer.
 
     `answers` replaces the payload of a reply. `prepare(device)` sets a BlkDevice's hooks when its vring starts.
-    `after(requests)` is called after each turn and may return "leave" to drop the connection.
+    `after(requests)` is called after each turn and may return "leave" to drop the connection, without a word.
+    `bases`: what SET_VRING_BASE told. `region`: the inflight region of this connection (a mapping), if it has one.
     """
 
     def __init__(self, path, image=None, features=ALL_FEATURES, protocol=ALL_PROTOCOL, queues=2):
@@ -62,6 +69,7 @@ class BlkBackend:
         self.after = lambda requests: None
         self.requests, self.connections, self.need_reply, self.served = [], 0, [], 0
         self.taken_features = self.taken_protocol = None
+        self.bases, self.region = [], None
         self.error = None
         self._stop_r, self._stop_w = os.pipe()
         self._thread = threading.Thread(target=self._run)
@@ -72,6 +80,15 @@ class BlkBackend:
         self._listener.listen(1)
         self._thread.start()
         return self
+
+    def wait(self, timeout_s):
+        """Wait until it ended by itself (`end`), or with an error."""
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive()
+
+    def end(self):
+        """Listen to nobody else; what is being served goes on."""
+        os.write(self._stop_w, b"x")
 
     def stop(self):
         os.write(self._stop_w, b"x")
@@ -105,7 +122,7 @@ class BlkBackend:
 
     def _session(self, connection):
         self._vrings = [_Vring() for _ in range(self.queues)]
-        self._ram = None
+        self._ram = self.region = None
         try:
             while True:
                 kicks = {vring.kick: vring for vring in self._vrings if vring.device}
@@ -153,9 +170,14 @@ class BlkBackend:
         reply = self._handle(request, body, fds + more)
         if reply is None and flags & NEED_REPLY and (self.taken_protocol or 0) & REPLY_ACK:
             reply = struct.pack("=Q", int(request in self.refused))
+        files = []
+        if isinstance(reply, tuple):
+            reply, files = reply[0], [reply[1]]
         reply = self.answers.get(request, reply)
         if reply is not None and request not in self.muted:
-            connection.sendall(HEADER.pack(request, 1 | REPLY, len(reply)) + reply)
+            socket.send_fds(connection, [HEADER.pack(request, 1 | REPLY, len(reply)) + reply], files)
+        for fd in files:
+            os.close(fd)
         return True
 
     def _handle(self, request, body, fds):
@@ -184,6 +206,20 @@ class BlkBackend:
         elif request == SET_VRING_NUM:
             index, size = struct.unpack("=II", body)
             self._vrings[index].size = size
+        elif request == GET_INFLIGHT_FD:
+            _, _, queues, size = struct.unpack("=QQHH4x", body)
+            total = queues * part_bytes(size)
+            file = os.memfd_create("inflight")
+            os.truncate(file, total)
+            return struct.pack("=QQHH4x", total, 0, queues, size), file
+        elif request == SET_INFLIGHT_FD:
+            total, offset, _, self._region_size = struct.unpack("=QQHH4x", body)
+            assert (offset, len(fds)) == (0, 1)
+            if request not in self.refused:
+                self.region = mmap.mmap(fds[0], total)
+            os.close(fds[0])
+        elif request == SET_VRING_BASE:
+            self.bases.append(struct.unpack("=II", body))
         elif request == SET_VRING_ADDR:
             index, _, desc, used, avail, _ = struct.unpack("=IIQQQQ", body)
             self._vrings[index].parts = [part - self._uva for part in (desc, avail, used)]
@@ -193,7 +229,8 @@ class BlkBackend:
             vring.device = None
             if on:
                 event_idx = bool(self.taken_features & F_EVENT_IDX)
-                vring.device = BlkDevice(self._ram, self.image, *vring.parts, vring.size, event_idx)
+                part = SplitRegion(self.region, index * part_bytes(self._region_size)) if self.region else None
+                vring.device = BlkDevice(self._ram, self.image, *vring.parts, vring.size, event_idx, inflight=part)
                 self.prepare(vring.device)
         elif request == GET_VRING_BASE:
             index, _ = struct.unpack("=II", body)

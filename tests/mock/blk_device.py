@@ -12,9 +12,11 @@ class BlkDevice:
 
     Hooks: `status(kind, sector)` gives the status byte, or None to write none; `used(head, written)` gives the used
     elements to write; `jump` is added to used.idx; `delivers` False: data that was read is not written to memory.
+    `choose(taken)` gives the heads to complete now, in which order; the others stay in `taken`. `inflight`: a
+    SplitRegion that is kept, and says where to go on; what it says was under way is done first.
     """
 
-    def __init__(self, ram, image, desc, avail, used, size, event_idx=False, start=0):
+    def __init__(self, ram, image, desc, avail, used, size, event_idx=False, start=0, inflight=None):
         self.ram, self.image, self.size = ram, image, size
         # One store for each index: struct.pack_into zeroes a field before it fills it, which the driver would see.
         self._words = memoryview(ram).cast("H")
@@ -24,8 +26,14 @@ class BlkDevice:
         self.used = lambda head, written: [(head, written)]
         self.jump = 0
         self.delivers = True
+        self.choose = list
         self.taken = []
         self.log = []
+        self.inflight = inflight
+        if inflight:
+            self.used_idx = self._words[(self.used_ring + 2) // 2]
+            self.taken = inflight.resume(size, self.used_idx)
+            self.last_avail = (self.used_idx + len(self.taken)) & 0xFFFF
 
     def _get(self, layout, gpa):
         values = struct.unpack_from(layout, self.ram, gpa)
@@ -39,7 +47,10 @@ class BlkDevice:
         idx = self._words[(self.avail + 2) // 2]
         count = 0
         while self.last_avail != idx:
-            self.taken.append(self._get("<H", self.avail + 4 + 2 * (self.last_avail % self.size)))
+            head = self._get("<H", self.avail + 4 + 2 * (self.last_avail % self.size))
+            if self.inflight:
+                self.inflight.note_taken(head)
+            self.taken.append(head)
             self.last_avail = (self.last_avail + 1) & 0xFFFF
             count += 1
         if self.event_idx:
@@ -95,10 +106,17 @@ class BlkDevice:
     def serve(self):
         """Take and complete all there is; returns how many. Looks again after avail_event was written (2.7.10)."""
         total = 0
-        while count := self.take():
-            total += count
-            for head in self.taken:
+        while self.take() or (total == 0 and self.taken):
+            batch = self.choose(self.taken)
+            for head in batch:
                 self.complete(head)
-            self.taken.clear()
+                self.taken.remove(head)
+            if self.inflight:
+                self.inflight.note_used(batch)
             self.publish()
+            if self.inflight:
+                self.inflight.note_published(batch, self.used_idx)
+            if not batch:
+                break
+            total += len(batch)
         return total

@@ -1,7 +1,7 @@
 """The embedded sibling's disk: the connection to its back-end, its vrings, and the vCPUs that drive them.
 
-A back-end that goes away is waited for; when it is back, the vrings begin anew and every request that was in flight is
-done once more.
+A back-end that goes away is waited for. When it is back, it goes on with the vrings as they are if it has the inflight
+region of the one before; otherwise they begin anew, and every request that was in flight is put on them once more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from kernels.driver_layout import ERR_FILE
-from kernels.virtio_layout import BLK_ID_BYTES, BLK_T_FLUSH, BLK_T_GET_ID, F_RING_EVENT_IDX, F_RING_INDIRECT_DESC
+from kernels.virtio_layout import (
+    BLK_ID_BYTES,
+    BLK_T_FLUSH,
+    BLK_T_GET_ID,
+    F_RING_EVENT_IDX,
+    F_RING_INDIRECT_DESC,
+    USED_IDX,
+)
 from vvupipe.errors import Disconnected, ProtocolError, TransportError, UserError, VvupipeError
 from vvupipe.fd_socket import close_all
 from vvupipe.memory import shared
@@ -25,13 +32,16 @@ from vvupipe.memory.region import MemoryRegion
 from vvupipe.vhost_user.frontend import Frontend
 from vvupipe.vhost_user.messages import ProtocolFeature
 from vvupipe.vm.disk_facts import CONFIG_BYTES, FEATURES, DiskFacts
-from vvupipe.vm.sibling_layout import RING_PLACES, UVA_BASE, RamLayout, tags_max
+from vvupipe.vm.sibling_inflight import SiblingInflight
+from vvupipe.vm.sibling_layout import RING_PLACES, UVA_BASE, RamLayout, RingPlace, tags_max
 from vvupipe.vm.vcpu import SPIN_MAX_NS, ControlMemory, Counters, Vcpu
 
 log = logging.getLogger(__name__)
 
 #: What this driver makes use of.
-PROTOCOL_FEATURES = ProtocolFeature.MQ | ProtocolFeature.CONFIG | ProtocolFeature.REPLY_ACK
+PROTOCOL_FEATURES = (
+    ProtocolFeature.MQ | ProtocolFeature.CONFIG | ProtocolFeature.REPLY_ACK | ProtocolFeature.INFLIGHT_SHMFD
+)
 
 _STOP_TIMEOUT_S = 2.0  # for the orderly end of the vrings, which the back-end must not hold up
 _LATER_KERNELS_S = 3.0  # compiling that takes longer is worth a line
@@ -66,7 +76,8 @@ class SiblingDisk:
         self._frontend: Frontend | None = None
         self._facts: DiskFacts | None = None
         self._err_fds: list[int] = []
-        self._connections = 0
+        self._inflight = SiblingInflight(num_vrings, queue_size, say)
+        self._beginnings = 0  # how often the vrings began at index 0
         self._supervisor: asyncio.Task[None] | None = None
         #: Done when the disk is lost for good, with the error that says why.
         self.failed: asyncio.Future[VvupipeError] = asyncio.get_running_loop().create_future()
@@ -148,40 +159,35 @@ class SiblingDisk:
         await frontend.set_memory_table([region])
 
     async def _start_vrings(self) -> bool:
-        """Begin all vrings at index 0. False when the back-end left meanwhile."""
+        """Begin all vrings at index 0, or go on with them. False when the back-end left meanwhile."""
         frontend = self._frontend
         assert frontend is not None
-        self._connections += 1
         try:
+            goes_on = await self._inflight.hand_over(frontend)
+            if not goes_on:
+                self._beginnings += 1
             for vcpu in self.vcpus:
-                await self._start_vring(frontend, vcpu)
+                await self._start_vring(frontend, vcpu, goes_on=goes_on)
         except Disconnected as error:
             log.info("the back-end left during the start of the vrings: %s", error)
+            self._inflight.left_early()
             await frontend.close()
             return False
         for vcpu in self.vcpus:
-            await vcpu.command("go")
+            await vcpu.command("go_on" if goes_on else "go")
         return True
 
-    async def _start_vring(self, frontend: Frontend, vcpu: Vcpu) -> None:
+    async def _start_vring(self, frontend: Frontend, vcpu: Vcpu, *, goes_on: bool) -> None:
         index = vcpu.index
-        place = self.layout.vrings[index].rings[self._connections % RING_PLACES]
+        place = self.layout.vrings[index].rings[self._beginnings % RING_PLACES]
         # New eventfds each time: what the last back-end still writes to its own wakes nobody.
         fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)]
         kick, call, err = fds
         try:
-            await vcpu.command(
-                "ring",
-                {
-                    "desc_gpa": place.desc_gpa,
-                    "avail_gpa": place.avail_gpa,
-                    "used_gpa": place.used_gpa,
-                    "size": self.layout.queue_size,
-                    "event_idx": self.facts.has(F_RING_EVENT_IDX),
-                    "indirect": self.facts.has(F_RING_INDIRECT_DESC),
-                },
-                [kick, call],
-            )
+            if goes_on:
+                await vcpu.command("eventfds", fds=[kick, call])
+            else:
+                await self._begin_ring(vcpu, place, [kick, call])
             await frontend.set_vring_num(index, self.layout.queue_size)
             await frontend.set_vring_addr(
                 index,
@@ -189,7 +195,7 @@ class SiblingDisk:
                 available_uva=UVA_BASE + place.avail_gpa,
                 used_uva=UVA_BASE + place.used_gpa,
             )
-            await frontend.set_vring_base(index, 0)
+            await frontend.set_vring_base(index, self._used_idx(place))
             await frontend.set_vring_err(index, err)
             await frontend.set_vring_call(index, call)
             await frontend.set_vring_kick(index, kick)
@@ -197,6 +203,23 @@ class SiblingDisk:
             self._watch_err(index, os.dup(err))
         finally:
             close_all(fds)
+
+    async def _begin_ring(self, vcpu: Vcpu, place: RingPlace, fds: list[int]) -> None:
+        fields = {
+            "desc_gpa": place.desc_gpa,
+            "avail_gpa": place.avail_gpa,
+            "used_gpa": place.used_gpa,
+            "size": self.layout.queue_size,
+            "event_idx": self.facts.has(F_RING_EVENT_IDX),
+            "indirect": self.facts.has(F_RING_INDIRECT_DESC),
+        }
+        await vcpu.command("ring", fields, fds)
+
+    def _used_idx(self, place: RingPlace) -> int:
+        """The base of a ring: where its used index stands, as QEMU says it; the inflight region tells the rest."""
+        start = place.used_gpa + USED_IDX
+        with self.ram.view[start : start + 2] as view:
+            return int.from_bytes(view, "little")
 
     def _watch_err(self, index: int, fd: int) -> None:
         def broken() -> None:
@@ -363,6 +386,7 @@ class SiblingDisk:
                     await self._stop_vrings()
         if self._frontend:
             await self._frontend.close()
+        self._inflight.forget()
         self._forget_err_fds()
         await asyncio.gather(*(vcpu.close() for vcpu in self.vcpus))
         self._control.close()

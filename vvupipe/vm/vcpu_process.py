@@ -124,11 +124,7 @@ class VcpuProcess(CommandExecutor):
     def _do_ring(self, fields: commands.Fields, fds: list[int]) -> None:
         """Begin with empty rings at a place of their own; what is in flight is put on them again. fds: kick, call."""
         ring = self._ring[0]
-        for name in ("kick_fd", "call_fd"):
-            if ring[name] >= 0:
-                os.close(int(ring[name]))
-            ring[name] = fds.pop(0)
-            os.set_blocking(int(ring[name]), False)
+        self._do_eventfds(fields, fds)
         for part in ("desc", "avail", "used"):
             ring[part] = self._ram.address + int(fields[f"{part}_gpa"])
         for name in ("size", "event_idx", "indirect"):
@@ -136,9 +132,25 @@ class VcpuProcess(CommandExecutor):
         self._heads = np.full(int(ring["size"]), -1, np.int32)
         driver_ring.reset_ring(ring)
 
+    def _do_eventfds(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Another kick and call; the ring stays as it is. fds: kick, call."""
+        ring = self._ring[0]
+        for name in ("kick_fd", "call_fd"):
+            if ring[name] >= 0:
+                os.close(int(ring[name]))
+            ring[name] = fds.pop(0)
+            os.set_blocking(int(ring[name]), False)
+
     def _do_go(self, fields: commands.Fields, fds: list[int]) -> None:
         """The back-end has the vring: put what was in flight, and go on with the job."""
         driver_ring.resubmit(self._ring[0], self._tags, self._heads)
+        self._live = True
+
+    def _do_go_on(self, fields: commands.Fields, fds: list[int]) -> None:
+        """Another back-end has the vring as it is: go on with the job. A kick may have gone to the old one, unheard."""
+        ring = self._ring[0]
+        driver_ring.publish(ring)
+        os.eventfd_write(int(ring["kick_fd"]), 1)
         self._live = True
 
     def _do_pause(self, fields: commands.Fields, fds: list[int]) -> None:
