@@ -4,23 +4,22 @@ Returns to the interpreter for one reason only: a command of the coordinator is 
 """
 
 import numpy as np
-from numba import int64, uint64
+from numba import int32, int64, uint64
 
 from kernels import control_block as cb
+from kernels import uring
 from kernels.blk_queue import end_some, serve_ring
 from kernels.jit import kernel
 from kernels.memory import drain_eventfd, libc_poll, load_u64
 from kernels.status import ERR_MEMORY_GONE
 from kernels.vring import break_ring
-from kernels.worker_loop import begin, command_waiting, forget_idling, look_at_all, wait_a_little
+from kernels.worker_loop import begin, command_waiting, forget_idling, look_at_all, sleep, spin
 
-#: Entries of `pollfds` behind those of the rings: io_uring's file, and the eventfd that helpers raise.
+#: Entries of `pollfds` behind those of the rings: the eventfds of io_uring and of the helpers.
 OWN_POLLFDS = 2
-_HELPERS_POLLFD = -1
 
 _BUS_ERRORS = np.uint64(cb.offset_of(cb.WORKER, "bus_errors"))
 _BUS_ADDRESS = np.uint64(cb.offset_of(cb.WORKER, "bus_error_address"))
-_DRAIN_POLL_MS = np.int32(100)
 
 
 @kernel
@@ -58,12 +57,20 @@ def serve_some(loop, work):
 
 
 @kernel
-def hear_helpers(work, pollfds):
-    """A poll ended: forget that helpers raised their eventfd."""
-    entry = pollfds[pollfds.shape[0] + _HELPERS_POLLFD]
-    if entry.revents:
-        drain_eventfd(entry.fd, work.scratch)
-        entry.revents = np.int16(0)
+def want_wakes(work):
+    """Have io_uring tell by its eventfd what it has done; helpers always do. True when it has something already."""
+    return work.uring.fd >= 0 and uring.want_wakes(work.uring)
+
+
+@kernel
+def hear(work, pollfds):
+    """Awake again: reset the eventfds that were written."""
+    if work.uring.fd >= 0:
+        uring.refuse_wakes(work.uring)
+    for k in range(pollfds.shape[0] - OWN_POLLFDS, pollfds.shape[0]):
+        if pollfds[k].revents:
+            drain_eventfd(pollfds[k].fd, work.scratch)
+            pollfds[k].revents = np.int16(0)
 
 
 @kernel
@@ -80,11 +87,11 @@ def serve(loop, pollfds, work):
         check_memory(loop, work)
         if done:
             forget_idling(loop)
-        elif wait_a_little(loop, work.rings, pollfds):
-            hear_helpers(work, pollfds)
-            return
-        else:
-            hear_helpers(work, pollfds)
+        elif spin(loop):
+            commanded = sleep(loop, work.rings, pollfds, want_wakes(work))
+            hear(work, pollfds)
+            if commanded:
+                return
 
 
 @kernel
@@ -93,5 +100,6 @@ def drain(pollfds, work):
     own = uint64(pollfds.ctypes.data) + uint64(pollfds.itemsize) * uint64(pollfds.shape[0] - OWN_POLLFDS)
     while work.board.under_way:
         if end_some(work) == 0:
-            libc_poll(own, uint64(OWN_POLLFDS), _DRAIN_POLL_MS)
-            hear_helpers(work, pollfds)
+            if not want_wakes(work):
+                libc_poll(own, uint64(OWN_POLLFDS), int32(-1))
+            hear(work, pollfds)

@@ -63,10 +63,9 @@ def command_waiting(loop):
 
 
 @kernel
-def sleep(loop, rings, pollfds):
+def ask_and_poll(loop, rings, pollfds, ready):
     """Ask for kicks, then wait for one or for a command. Returns nanoseconds asleep; 0: there was work already."""
     timeout = int32(-1)
-    ready = False
     pollfds[0].revents = np.int16(0)
     for k in range(rings.shape[0]):
         ring = rings[k]
@@ -141,8 +140,8 @@ def forget_idling(loop):
 
 
 @kernel
-def wait_a_little(loop, rings, pollfds):
-    """There was no work: spin once, or sleep when that has lasted. True when a command has come."""
+def spin(loop):
+    """There was no work: wait for a moment. True when that has lasted so long that sleeping is better."""
     loop.spins += 1
     if loop.spins == 1:
         loop.idle_since_ns = monotonic_ns(loop.scratch)
@@ -154,8 +153,15 @@ def wait_a_little(loop, rings, pollfds):
         return False
     idle = monotonic_ns(loop.scratch) - loop.idle_since_ns
     loop.polite = int64(idle > _POLITE_AFTER_NS)
-    if idle < loop.spin_ns:
-        return False
-    adapt_spin(loop, sleep(loop, rings, pollfds))
+    return idle >= loop.spin_ns
+
+
+@kernel
+def sleep(loop, rings, pollfds, ready):
+    """Sleep until somebody kicks or commands, or one of the device's own files has something.
+
+    ready: the device has something to do already. True when a command has come.
+    """
+    adapt_spin(loop, ask_and_poll(loop, rings, pollfds, ready))
     forget_idling(loop)
     return pollfds[0].revents != 0

@@ -283,8 +283,8 @@ class Worker(CommandExecutor):
             ring["inflight"] = self._inflight[index].address
         self._addresses[index] = (fields["desc_uva"], fields["avail_uva"], fields["used_uva"])
         self._to_resume[index] = int(fields["base"])
-        # Whoever served it before may have died between the used ring and the call.
-        ring["signalled_valid"] = int(not fields["takes_over"])
+        # Whoever served it before may have died between the used ring and the call: one call too many does no harm.
+        ring["signalled_valid"] = 0
         status = self._enter(index)
         if status not in (OK, MISS):
             self._to_resume.pop(index, None)

@@ -91,7 +91,10 @@ class BlockKernel:
         self._helpers = Helpers(int(fields["helpers"]))
         self._board["free_helpers"] = len(self._helpers.records)
         self._start_helpers()
-        return [self._uring.fd if self._uring else -1, self._helpers.done_fd]
+        return [self._event_fd(), self._helpers.done_fd]
+
+    def _event_fd(self) -> int:
+        return int(self._uring.record["event_fd"][0]) if self._uring else -1
 
     def _start_helpers(self) -> None:
         for _ in range(len(self._helpers.records)):
