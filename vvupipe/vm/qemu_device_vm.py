@@ -22,7 +22,7 @@ from vvupipe.vm.function_carriers import Carrier, IvshmemCarrier, VfioUserCarrie
 from vvupipe.vm.memory_plugs import MemoryPlugs
 from vvupipe.vm.pci_bus import PciBus
 from vvupipe.vm.qemu_binary import QemuBinary, find_qemu, kvm_usable
-from vvupipe.vm.qemu_machine import MachineOptions, check_machine, machine_arguments, storage_arguments
+from vvupipe.vm.qemu_machine import MachineOptions, check_machine, machine_arguments, memory_argument, storage_arguments
 from vvupipe.vm.qemu_monitor import QemuMonitor
 from vvupipe.vm.qemu_process import start_process, terminal_kept
 from vvupipe.vm.qemu_run import end_qemu, until_signal, verdict
@@ -218,7 +218,7 @@ class _DeviceVm:
             options,
             self._binary,
             monitor_fd,
-            memory=f"memory-backend-memfd,id=ram,size={options.mem_mib}M,share=on",
+            memory=memory_argument(options),
             machine=f"q35{split}",
             parameters=(_IOMMU_PARAMETER,),
             on_terminal=on_terminal,

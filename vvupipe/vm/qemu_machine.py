@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from vvupipe.errors import UserError
+from vvupipe.memory import huge_pages
 from vvupipe.vm.qemu_binary import Accelerator, QemuBinary, accelerator_arguments
 
 _MAX_COMMAND_LINE_BYTES = 2047  # COMMAND_LINE_SIZE of x86 Linux
@@ -44,7 +45,7 @@ class SharedDir:
 class MachineOptions:
     """`params` are joined to the kernel's command line; without `kernel` the firmware boots a disk.
 
-    restart_on_reset: go on after a guest's reset instead of ending.
+    restart_on_reset: go on after a guest's reset instead of ending. hugepages: the RAM is in huge pages.
     """
 
     kernel: Path | None = None
@@ -59,6 +60,19 @@ class MachineOptions:
     serial: Serial = Serial()
     blocks: tuple[BlockDisk, ...] = ()
     shared_dirs: tuple[SharedDir, ...] = ()
+    hugepages: bool = False
+
+
+def memory_argument(options: MachineOptions, properties: str = "") -> str:
+    """The -object of a RAM of QEMU's own that others can map; properties: further ",KEY=VALUE".
+
+    Transparent huge pages need no word: QEMU asks for them (MADV_HUGEPAGE) for all RAM. Raises: UserError when huge
+    pages are wanted and there are none.
+    """
+    pages = huge_pages.choose(options.mem_mib << 20) if options.hugepages else None
+    if pages and pages.reserved:
+        properties += ",hugetlb=on"
+    return f"memory-backend-memfd,id=ram{properties},size={options.mem_mib}M,share=on"
 
 
 def check_machine(options: MachineOptions) -> None:

@@ -51,7 +51,8 @@ async def _stay(options: QemuSiblingOptions, binary: QemuBinary, say: Callable[[
     on_terminal = os.isatty(0) and options.serial.kind == "stdout"
     ours, theirs = socket.socketpair()
     monitor = QemuMonitor(ours)
-    sockets = [disk.socket_path for disk in options.vhost_user_blk]
+    # A device VM's pool is POSIX shared memory, which has no huge pages.
+    sockets = [] if options.hugepages else [disk.socket_path for disk in options.vhost_user_blk]
     with ours, theirs, terminal_kept(), pool_of_proxy(sockets, options.mem_mib << 20) as memory_path:
         command = qemu_command(options, binary, theirs.fileno(), on_terminal=on_terminal, memory_path=memory_path)
         if on_terminal:
