@@ -1,8 +1,8 @@
 """The RAM of an embedded device VM, and the slots that programs in the VM take of it.
 
 The RAM is shared memory with guest-physical address 0 at its start: POSIX shared memory, or a memfd of huge pages,
-which programs open by the VM's /proc/PID/fd and which nobody has to remove. A program locks its slot's bytes (F_OFD_SETLK),
-so that the slots of a killed one are free again without anybody doing anything.
+which programs open by the VM's /proc/PID/fd and which nobody has to remove. A program locks its slot's bytes
+(F_OFD_SETLK), so that the slots of a killed one are free again without anybody doing anything.
 """
 
 from __future__ import annotations
