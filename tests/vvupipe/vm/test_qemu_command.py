@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.huge_pages_kit import machine_with
 from vvupipe.errors import UserError
 from vvupipe.vm.qemu_binary import QemuBinary
 from vvupipe.vm.qemu_command import (
@@ -105,3 +106,15 @@ def test_what_cannot_start_is_one_line(tmp_path, options, message):
     with pytest.raises(UserError, match=message) as caught:
         check(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "properties"), [("transparent", ""), ("reserved", ",hugetlb=on")])
+def test_huge_pages_are_a_matter_of_the_memory(kind, properties):
+    with machine_with(kind, 16):
+        arguments = command(mem_mib=32, hugepages=True)
+    assert values(arguments, "-object") == [f"memory-backend-memfd,id=ram,seal=off{properties},size=32M,share=on"]
+
+
+def test_huge_pages_that_there_are_not():
+    with machine_with("none"), pytest.raises(UserError, match=r"no huge pages for 32 MiB.*nr_hugepages="):
+        command(mem_mib=32, hugepages=True)
