@@ -179,9 +179,9 @@ def test_linux_guest(kind, transport, qemu, scene, image, tmp_path):
                 assert line, said
                 said += line
             assert sha256(image) in said
-            touched, huge = mapped(whole_family(guest)[1], kind, "memory-backend-memfd")
+            touched, huge = mapped(whole_family(guest)[1], kind, "vvupipe-guest")
             assert touched == huge >= 16 << 20
-            in_workers = [mapped(pid, kind, "memory-backend-memfd") for pid in whole_family(backend)]
+            in_workers = [mapped(pid, kind, "vvupipe-guest") for pid in whole_family(backend)]
             assert sum(huge for _, huge in in_workers) >= PAGE
             assert all(touched == huge for touched, huge in in_workers), in_workers
             rest, _ = guest.communicate(timeout=60)

@@ -9,6 +9,7 @@ from pathlib import Path
 from vvupipe.errors import UserError
 from vvupipe.vm.qemu_binary import QemuBinary
 from vvupipe.vm.qemu_machine import (
+    HugeRam,
     MachineOptions,
     check_machine,
     machine_arguments,
@@ -65,15 +66,17 @@ def qemu_command(
     *,
     on_terminal: bool,
     memory_path: Path | None = None,
+    huge: HugeRam | None = None,
 ) -> list[str]:
     """The command line (see machine_arguments).
 
     memory_path: the file whose first bytes are the RAM; None: memory of QEMU's own, shared with the back-ends.
+    huge: the RAM, instead of either.
     """
     if memory_path is None:
         # vhost-user: the back-end maps the guest's memory, so that it must be shared. Unsealed, so that a proxy can
         # round the file up to the size of a BAR.
-        memory = memory_argument(options, ",seal=off")
+        memory = memory_argument(options, huge, ",seal=off")
     else:
         memory = f"memory-backend-file,id=ram,mem-path={value(memory_path)},size={options.mem_mib}M,share=on"
     command = machine_arguments(options, binary, monitor_fd, memory=memory, on_terminal=on_terminal)
