@@ -50,8 +50,9 @@ class Scene:
             check=False,
         )
 
-    def device_vm(self):
-        return self.start("run", "--vvu-proxy", f"{self.socket},addr={ADDRESS}", "--name", self.name, "--json")
+    def device_vm(self, *options):
+        proxy = f"{self.socket},addr={ADDRESS}"
+        return self.start("run", "--vvu-proxy", proxy, "--name", self.name, "--json", *options)
 
     def backend(self, image):
         return self.start("device", "block", "--vfio", ADDRESS, "--file", image, "--json", "--cpus", first_cpu())

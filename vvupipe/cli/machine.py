@@ -29,6 +29,7 @@ def machine_fields(options: dict[str, Any]) -> dict[str, Any]:
         "serial": parse_serial(options["serial"]),
         "blocks": tuple(parse_block(text) for text in options["blocks"]),
         "shared_dirs": tuple(parse_shared_dir(text) for text in options["shared_dirs"]),
+        "hugepages": options["hugepages"],
     }
     if options["name"]:
         fields["name"] = options["name"]

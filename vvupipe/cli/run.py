@@ -54,6 +54,9 @@ _WORKLOADS = ("randread", "randwrite", "read", "write", "randrw", "rw", "verify"
 )
 @click.option("--name", help="Name of the VM.  [default: vm0, vm1, ...]")
 @click.option("--mem", type=click.IntRange(16), help="Guest RAM in MiB.  [default: 128; with KERNEL 512]")
+@click.option(
+    "--hugepages", is_flag=True, help="RAM in huge pages: transparent ones if the kernel gives them, else reserved."
+)
 @click.option("--cpus", help="CPUs to pin vCPU processes to, as 0,2-3; with KERNEL the number of vCPUs.")
 @click.option("--timeout", type=DURATION, help="How long to wait for a back-end.  [default: for ever]")
 @click.option("--initrd", type=click.Path(path_type=Path), help="With KERNEL: its initramfs.")
@@ -217,6 +220,7 @@ def _run_device_vm(options: dict[str, Any], trace: TraceOutput | None) -> int:
                 proxies=_proxies(options, ("addr", "uuid")),
                 json=options["as_json"],
                 trace=trace,
+                hugepages=options["hugepages"],
             )
         )
     )
@@ -287,6 +291,7 @@ def _run_sibling(options: dict[str, Any]) -> int:
                 copy_in=options["copy_in"],
                 sha256=options["sha256"],
                 queue_size=options["queue_size"],
+                hugepages=options["hugepages"],
             )
         )
     )

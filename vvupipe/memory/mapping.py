@@ -9,7 +9,18 @@ import contextlib
 import ctypes
 import mmap
 import os
+from pathlib import Path
 from types import TracebackType
+
+_TRANSPARENT_PAGE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+
+
+def transparent_page_bytes() -> int:
+    """Bytes of a transparent huge page; 0 in a kernel without them."""
+    try:
+        return int(_TRANSPARENT_PAGE.read_text())
+    except FileNotFoundError:
+        return 0
 
 
 def _alignment(fd: int) -> int:
@@ -40,11 +51,17 @@ class Mapping:
     The fd may be closed afterwards. `address` is where the first byte is in this process; `view` is a writable
     memoryview of exactly those bytes (read-only if `writable` is False).
 
+    huge: whole huge pages are mapped, and the kernel is asked to give transparent ones (MADV_HUGEPAGE) to what is
+    touched here first; the file must be long enough. A hugetlbfs file needs no asking, its pages are huge anyway.
+
     Raises: ValueError when the file is shorter than what is asked for, OSError when mmap fails.
     """
 
-    def __init__(self, fd: int, size_bytes: int, offset: int = 0, *, writable: bool = True) -> None:
+    def __init__(self, fd: int, size_bytes: int, offset: int = 0, *, writable: bool = True, huge: bool = False) -> None:
         align = _alignment(fd)
+        advise = huge and align == mmap.PAGESIZE and transparent_page_bytes() > 0
+        if advise:
+            align = transparent_page_bytes()
         start = offset - offset % align
         slack = offset - start
         length = -(-(slack + size_bytes) // align) * align
@@ -52,6 +69,8 @@ class Mapping:
             length = slack + size_bytes  # lets mmap.mmap compare with the true file size
         prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._mmap: mmap.mmap | None = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=prot, offset=start)
+        if advise:
+            self._mmap.madvise(mmap.MADV_HUGEPAGE)
         whole = memoryview(self._mmap)
         self.view = whole[slack : slack + size_bytes]
         whole.release()

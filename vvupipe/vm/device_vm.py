@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from vvupipe.errors import UserError
 from vvupipe.events import EventPrinter
+from vvupipe.memory import huge_pages
+from vvupipe.memory.huge_pages import pages_text
 from vvupipe.pci.address import PciAddress
 from vvupipe.pci.sysfs_tree import SysfsTree
 from vvupipe.unix_path import listen_private
@@ -54,7 +56,10 @@ class ProxyOptions:
 
 @dataclass(frozen=True, slots=True)
 class DeviceVmOptions:
-    """What `vvupipe run --vvu-proxy` was asked for. trace: where its siblings' messages are shown."""
+    """What `vvupipe run --vvu-proxy` was asked for. trace: where its siblings' messages are shown.
+
+    hugepages: the RAM is in huge pages.
+    """
 
     proxies: Sequence[ProxyOptions]
     name: str | None = None
@@ -62,6 +67,7 @@ class DeviceVmOptions:
     cpus: Sequence[int] | None = None
     json: bool = False
     trace: TraceOutput | None = None
+    hugepages: bool = False
 
 
 async def run_device_vm(options: DeviceVmOptions) -> int:
@@ -126,6 +132,7 @@ class DeviceVm:
         ram_bytes = self.options.mem_mib << 20
         if ram_bytes < _RAM_MIN_BYTES:
             raise UserError(f"--mem {self.options.mem_mib}: a device VM needs {_RAM_MIN_BYTES >> 20} MiB or more")
+        pages = huge_pages.choose(ram_bytes) if self.options.hugepages else None
         bus = PciBus()
         # Those with an address choose first, whatever their order.
         asked = sorted(self.options.proxies, key=lambda proxy: proxy.address is None)
@@ -133,8 +140,9 @@ class DeviceVm:
         uuids = {id(proxy): parse_uuid(proxy.uuid) for proxy in asked}
         self.folder = RuntimeFolder.create(self.options.name)
         self._stack.callback(self.folder.close)
-        ram = GuestRam(self.folder.name, ram_bytes)
+        ram = GuestRam(self.folder.name, ram_bytes, pages)
         self._stack.callback(ram.close)
+        self._ram_text = pages_text(pages)
         relay = start_relay()
         self._stack.callback(relay.close)
         sysfs = SysfsTree(self.folder.path / SYSFS)
@@ -144,6 +152,7 @@ class DeviceVm:
             {
                 "ram": ram.name,
                 "ram_bytes": ram_bytes,
+                "ram_pages": self._ram_text,
                 "functions": {str(slot.address): slot.socket_name for slot in self._slots},
                 "listening": [str(proxy.socket_path.absolute()) for proxy in self.options.proxies],
             }
@@ -186,7 +195,8 @@ class DeviceVm:
     def announce(self, events: EventPrinter) -> None:
         """Tell the user what is there and what to type next."""
         name = self.folder.name
-        lines = [f"device VM {name}: {self.options.mem_mib} MiB of RAM, pid {os.getpid()}"]
+        ram_text = f"{self.options.mem_mib} MiB of RAM" + (f" in {self._ram_text}" if self.options.hugepages else "")
+        lines = [f"device VM {name}: {ram_text}, pid {os.getpid()}"]
         for slot in self._slots:
             path = slot.options.socket_path
             lines += [
@@ -200,6 +210,7 @@ class DeviceVm:
             pid=os.getpid(),
             name=name,
             folder=str(self.folder.path),
+            ram={"size_bytes": self.options.mem_mib << 20, "pages": self._ram_text},
             functions=[
                 {
                     "address": str(slot.address),

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from vvupipe.errors import UserError
 from vvupipe.vm.qemu_binary import QemuBinary
-from vvupipe.vm.qemu_machine import MachineOptions, check_machine, machine_arguments, storage_arguments, value
+from vvupipe.vm.qemu_machine import (
+    HugeRam,
+    MachineOptions,
+    check_machine,
+    machine_arguments,
+    memory_argument,
+    storage_arguments,
+    value,
+)
 
 _SUN_PATH_BYTES = 108  # sizeof sun_path, unix(7), with the final NUL
 _RECONNECT_MS_SINCE = (9, 2)  # the version in which `reconnect` (seconds) became `reconnect-ms`
@@ -58,17 +66,19 @@ def qemu_command(
     *,
     on_terminal: bool,
     memory_path: Path | None = None,
+    huge: HugeRam | None = None,
 ) -> list[str]:
     """The command line (see machine_arguments).
 
     memory_path: the file whose first bytes are the RAM; None: memory of QEMU's own, shared with the back-ends.
+    huge: the RAM, instead of either.
     """
-    size = f"size={options.mem_mib}M,share=on"
-    # vhost-user: the back-end maps the guest's memory, so that it must be shared. Unsealed, so that a proxy can round
-    # the file up to the size of a BAR.
-    memory = f"memory-backend-memfd,id=ram,seal=off,{size}"
-    if memory_path is not None:
-        memory = f"memory-backend-file,id=ram,mem-path={value(memory_path)},{size}"
+    if memory_path is None:
+        # vhost-user: the back-end maps the guest's memory, so that it must be shared. Unsealed, so that a proxy can
+        # round the file up to the size of a BAR.
+        memory = memory_argument(options, huge, ",seal=off")
+    else:
+        memory = f"memory-backend-file,id=ram,mem-path={value(memory_path)},size={options.mem_mib}M,share=on"
     command = machine_arguments(options, binary, monitor_fd, memory=memory, on_terminal=on_terminal)
     reconnect = "reconnect-ms=1000" if binary.version[:2] >= _RECONNECT_MS_SINCE else "reconnect=1"
     if options.iommu:

@@ -22,7 +22,15 @@ from vvupipe.vm.function_carriers import Carrier, IvshmemCarrier, VfioUserCarrie
 from vvupipe.vm.memory_plugs import MemoryPlugs
 from vvupipe.vm.pci_bus import PciBus
 from vvupipe.vm.qemu_binary import QemuBinary, find_qemu, kvm_usable
-from vvupipe.vm.qemu_machine import MachineOptions, check_machine, machine_arguments, storage_arguments
+from vvupipe.vm.qemu_machine import (
+    HugeRam,
+    MachineOptions,
+    check_machine,
+    huge_ram,
+    machine_arguments,
+    memory_argument,
+    storage_arguments,
+)
 from vvupipe.vm.qemu_monitor import QemuMonitor
 from vvupipe.vm.qemu_process import start_process, terminal_kept
 from vvupipe.vm.qemu_run import end_qemu, until_signal, verdict
@@ -144,6 +152,7 @@ class _DeviceVm:
         self._carrier = carrier
         self._monitor = monitor
         self._slots: list[_Slot] = []
+        self._huge: HugeRam | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _DeviceVm:
@@ -157,6 +166,7 @@ class _DeviceVm:
 
     def _make(self) -> None:
         options = self._options
+        self._huge = self._stack.enter_context(huge_ram(options))
         bus = PciBus()
         bus.take(_ICH9)
         asked = sorted(options.proxies, key=lambda proxy: proxy.address is None)
@@ -218,7 +228,7 @@ class _DeviceVm:
             options,
             self._binary,
             monitor_fd,
-            memory=f"memory-backend-memfd,id=ram,size={options.mem_mib}M,share=on",
+            memory=memory_argument(options, self._huge),
             machine=f"q35{split}",
             parameters=(_IOMMU_PARAMETER,),
             on_terminal=on_terminal,
@@ -243,7 +253,8 @@ class _DeviceVm:
 
     def inherited(self) -> list[int]:
         """File descriptors that QEMU must inherit."""
-        return [fd for slot in self._slots for fd in slot.carrier.inherited()]
+        ram = [self._huge.fd] if self._huge else []
+        return ram + [fd for slot in self._slots for fd in slot.carrier.inherited()]
 
     def _on_event(self, name: str, data: dict[str, Any]) -> None:
         if name == "RESET" and data.get("guest"):
@@ -272,7 +283,8 @@ class _DeviceVm:
     def _announce(self, say: Callable[[str], None], *, on_terminal: bool) -> None:
         name = self.folder.name
         options = self._options
-        say(f"device VM {name}: {options.mem_mib} MiB of RAM, QEMU {'.'.join(map(str, self._binary.version))}")
+        ram_text = f"{options.mem_mib} MiB of RAM" + (f" in {self._huge.pages}" if self._huge else "")
+        say(f"device VM {name}: {ram_text}, QEMU {'.'.join(map(str, self._binary.version))}")
         for slot in self._slots:
             say(f"{slot.address.short} VVU function by {slot.carrier.name} ({slot.carrier.identity})")
             say(f"  its back-end, in the VM:  vvupipe device block --vfio {slot.address} --bind --file IMG")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from vvupipe.errors import UserError
+from vvupipe.memory import huge_pages
+from vvupipe.memory.huge_pages import HugePages
 from vvupipe.vm.qemu_binary import Accelerator, QemuBinary, accelerator_arguments
 
 _MAX_COMMAND_LINE_BYTES = 2047  # COMMAND_LINE_SIZE of x86 Linux
@@ -44,7 +49,7 @@ class SharedDir:
 class MachineOptions:
     """`params` are joined to the kernel's command line; without `kernel` the firmware boots a disk.
 
-    restart_on_reset: go on after a guest's reset instead of ending.
+    restart_on_reset: go on after a guest's reset instead of ending. hugepages: the RAM is in huge pages.
     """
 
     kernel: Path | None = None
@@ -59,6 +64,41 @@ class MachineOptions:
     serial: Serial = Serial()
     blocks: tuple[BlockDisk, ...] = ()
     shared_dirs: tuple[SharedDir, ...] = ()
+    hugepages: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HugeRam:
+    """RAM in huge pages: an fd that QEMU must inherit."""
+
+    fd: int
+    pages: HugePages
+
+
+@contextlib.contextmanager
+def huge_ram(options: MachineOptions) -> Iterator[HugeRam | None]:
+    """A VM's RAM in huge pages, None where they are not wanted. Raises: UserError when there are none."""
+    if not options.hugepages:
+        yield None
+        return
+    size_bytes = options.mem_mib << 20
+    pages = huge_pages.choose(size_bytes)
+    fd = huge_pages.create("vvupipe-guest", size_bytes, pages)
+    try:
+        yield HugeRam(fd, pages)
+    finally:
+        os.close(fd)
+
+
+def memory_argument(options: MachineOptions, huge: HugeRam | None, properties: str = "") -> str:
+    """The -object of a RAM that others can map; properties: further ",KEY=VALUE" of a memory-backend-memfd.
+
+    QEMU asks for huge pages (MADV_HUGEPAGE) itself, but only a memory-backend-file can be told to align its mapping.
+    """
+    size = f"size={options.mem_mib}M,share=on"
+    if huge is None:
+        return f"memory-backend-memfd,id=ram{properties},{size}"
+    return f"memory-backend-file,id=ram,mem-path=/proc/self/fd/{huge.fd},align={huge.pages.page_bytes >> 10}K,{size}"
 
 
 def check_machine(options: MachineOptions) -> None:

@@ -18,6 +18,7 @@ from vvupipe.errors import UserError
 from vvupipe.vm.qemu_backend import wait_for_backend
 from vvupipe.vm.qemu_binary import QemuBinary, find_qemu
 from vvupipe.vm.qemu_command import QemuSiblingOptions, VhostUserDisk, check_options, qemu_command
+from vvupipe.vm.qemu_machine import HugeRam, huge_ram
 from vvupipe.vm.qemu_monitor import QemuMonitor
 from vvupipe.vm.qemu_process import start_process, terminal_kept
 from vvupipe.vm.qemu_run import end_qemu, until_signal, verdict
@@ -40,10 +41,13 @@ async def run_qemu_sibling(options: QemuSiblingOptions, *, say: Callable[[str], 
     """
     check_options(options)
     binary = find_qemu(options.qemu)
-    return await until_signal(_stay(options, binary, say))
+    with huge_ram(options) as huge:
+        return await until_signal(_stay(options, binary, huge, say))
 
 
-async def _stay(options: QemuSiblingOptions, binary: QemuBinary, say: Callable[[str], None]) -> int:
+async def _stay(
+    options: QemuSiblingOptions, binary: QemuBinary, huge: HugeRam | None, say: Callable[[str], None]
+) -> int:
     """One VM from the wait for its back-ends to QEMU's end."""
     deadline = None if options.timeout_s is None else time.monotonic() + options.timeout_s
     for disk in options.vhost_user_blk:
@@ -51,12 +55,17 @@ async def _stay(options: QemuSiblingOptions, binary: QemuBinary, say: Callable[[
     on_terminal = os.isatty(0) and options.serial.kind == "stdout"
     ours, theirs = socket.socketpair()
     monitor = QemuMonitor(ours)
-    sockets = [disk.socket_path for disk in options.vhost_user_blk]
+    # A device VM's pool is POSIX shared memory, which has no huge pages.
+    sockets = [] if huge else [disk.socket_path for disk in options.vhost_user_blk]
     with ours, theirs, terminal_kept(), pool_of_proxy(sockets, options.mem_mib << 20) as memory_path:
-        command = qemu_command(options, binary, theirs.fileno(), on_terminal=on_terminal, memory_path=memory_path)
+        command = qemu_command(
+            options, binary, theirs.fileno(), on_terminal=on_terminal, memory_path=memory_path, huge=huge
+        )
+        if huge:
+            say(f"{options.mem_mib} MiB of RAM in {huge.pages}")
         if on_terminal:
             say("the guest's console is this terminal; Ctrl-A X ends the VM")
-        process = await start_process(command, [theirs.fileno()])
+        process = await start_process(command, [theirs.fileno(), *([huge.fd] if huge else [])])
         theirs.close()
         following = asyncio.create_task(monitor.follow())
         try:

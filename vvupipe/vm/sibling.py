@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from vvupipe.errors import UserError
+from vvupipe.memory.huge_pages import pages_text
 from vvupipe.units import human_bytes
 from vvupipe.vm import sibling_report
 from vvupipe.vm.sibling_copy import check_copy_in, copy_in, copy_out, look_at, sha256_of_disk
@@ -44,6 +45,7 @@ class SiblingOptions:
     """What the user asked for. Sizes in bytes; `cpus` None: the allowed ones, from the last one downwards.
 
     spin_max_ns: longest time that the driver spins before it sleeps; 0 never spins.
+    hugepages: the RAM is in huge pages.
     """
 
     socket_path: Path
@@ -64,6 +66,7 @@ class SiblingOptions:
     copy_in: Path | None = None
     sha256: bool = False
     queue_size: int = 256
+    hugepages: bool = False
 
     @property
     def spec(self) -> WorkloadSpec | None:
@@ -101,6 +104,7 @@ async def open_disk(options: SiblingOptions, say: Callable[[str], None] = _say) 
         queue_size=options.queue_size,
         timeout_s=options.timeout_s,
         spin_max_ns=options.spin_max_ns,
+        hugepages=options.hugepages,
         say=say,
     )
     try:
@@ -195,7 +199,10 @@ class _Sibling:
         contents = await look_at(disk)
         if self._options.name:
             self._found["name"] = self._options.name
+        self._found["ram"] = {"size_bytes": self._options.mem_mib << 20, "pages": pages_text(disk.pages)}
         self._found["disk"] = sibling_report.disk_dict(disk.facts, serial, contents)
+        if disk.pages:
+            self._tell(f"{self._options.mem_mib} MiB of RAM in {disk.pages}")
         self._tell(sibling_report.disk_text(disk.facts, serial, contents))
 
     async def _measure(self, disk: SiblingDisk, spec: WorkloadSpec) -> int:

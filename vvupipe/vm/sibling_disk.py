@@ -26,7 +26,7 @@ from kernels.virtio_layout import (
 )
 from vvupipe.errors import Disconnected, ProtocolError, TransportError, UserError, VvupipeError
 from vvupipe.fd_socket import close_all
-from vvupipe.memory import shared
+from vvupipe.memory import huge_pages, shared
 from vvupipe.memory.mapping import Mapping
 from vvupipe.memory.region import MemoryRegion
 from vvupipe.vhost_user.frontend import Frontend
@@ -50,7 +50,8 @@ _LATER_KERNELS_S = 3.0  # compiling that takes longer is worth a line
 class SiblingDisk:
     """A virtio-blk disk behind a vhost-user socket, `num_vrings` of its queues in use, one vCPU each.
 
-    say: gets the lines that are for the user while something is waited for.
+    say: gets the lines that are for the user while something is waited for. hugepages: the RAM is in huge pages
+    (Raises: UserError when there are none).
     """
 
     def __init__(
@@ -64,13 +65,20 @@ class SiblingDisk:
         timeout_s: float | None,
         say: Callable[[str], None],
         spin_max_ns: int = SPIN_MAX_NS,
+        hugepages: bool = False,
     ) -> None:
         self.layout = RamLayout(mem_bytes, num_vrings, queue_size)
         self._path = socket_path
         self._timeout_s = timeout_s
         self._say = say
-        self._ram_fd = shared.create_unnamed(mem_bytes)
-        self.ram = Mapping(self._ram_fd, mem_bytes)
+        #: None: pages of the usual size
+        self.pages = huge_pages.choose(mem_bytes) if hugepages else None
+        self._ram_fd = (
+            huge_pages.create("vvupipe-sibling", mem_bytes, self.pages)
+            if self.pages
+            else shared.create_unnamed(mem_bytes)
+        )
+        self.ram = Mapping(self._ram_fd, mem_bytes, huge=hugepages)
         self._control = ControlMemory(num_vrings)
         self.vcpus = [Vcpu(index, cpus[index % len(cpus)], self._control, spin_max_ns) for index in range(num_vrings)]
         self._frontend: Frontend | None = None
@@ -122,7 +130,9 @@ class SiblingDisk:
     async def _start_vcpus(self, kernels: Sequence[str]) -> None:
         # The first one fills the cache of compiled kernels, the others find them there.
         for group in (self.vcpus[:1], self.vcpus[1:]):
-            await asyncio.gather(*(v.start(self._ram_fd, self.layout.mem_bytes, kernels) for v in group))
+            await asyncio.gather(
+                *(v.start(self._ram_fd, self.layout.mem_bytes, kernels, huge=self.pages is not None) for v in group)
+            )
 
     async def _connect(self) -> None:
         """Find the back-end and negotiate, again and again until it does not leave in between."""

@@ -88,8 +88,11 @@ class Vcpu:
     def _raise_attention(self) -> None:
         self._record["attention"] += np.uint32(1)
 
-    async def start(self, ram_fd: int, mem_bytes: int, kernels: Sequence[str]) -> None:
-        """Start the process and have it load (the first time: compile) `kernels`. Raises: WorkerError."""
+    async def start(self, ram_fd: int, mem_bytes: int, kernels: Sequence[str], *, huge: bool = False) -> None:
+        """Start the process and have it load (the first time: compile) `kernels`. huge: the RAM is in huge pages.
+
+        Raises: WorkerError.
+        """
         spawning = asyncio.create_task(WorkerHandle.spawn("vvupipe.vm.vcpu_process", self._raise_attention))
         try:
             self._handle = await asyncio.shield(spawning)
@@ -101,6 +104,7 @@ class Vcpu:
             "index": self.index,
             "cpus": [self.cpu],
             "mem_bytes": mem_bytes,
+            "huge": huge,
             "control_bytes": self._control.size_bytes,
             "spin_max_ns": self._spin_max_ns,
             "kernels": list(kernels),

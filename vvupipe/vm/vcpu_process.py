@@ -6,6 +6,7 @@ eventfd and the VCPU record in shared memory, so the parent can command a vCPU t
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import socket
@@ -88,7 +89,8 @@ class VcpuProcess(CommandExecutor):
     def _do_open(self, fields: commands.Fields, fds: list[int]) -> None:
         """fds: guest RAM, control memory, done eventfd. Compiles the kernels that are named."""
         os.sched_setaffinity(0, fields["cpus"])
-        self._ram = Mapping(fds[0], int(fields["mem_bytes"]))
+        self._huge = bool(fields["huge"])
+        self._ram = Mapping(fds[0], int(fields["mem_bytes"]), huge=self._huge)
         self._control = Mapping(fds[1], int(fields["control_bytes"]))
         self._done_fd = os.dup(fds[2])
         start = int(fields["index"]) * layout.VCPU_AREA_BYTES
@@ -171,8 +173,11 @@ class VcpuProcess(CommandExecutor):
         self._file_fd = fds.pop(0) if fds else -1
         job["file_fd"] = self._file_fd
         self._clear_counters()
+        buffers_bytes = int(fields["depth"]) * int(fields["stride_bytes"])
+        if self._huge:
+            self._touch(int(fields["data_gpa"]), buffers_bytes or int(job["total_bytes"][0]))
         if fields["kernel"] == "workload":
-            self._fill_buffers(int(fields["data_gpa"]), int(fields["depth"]) * int(fields["stride_bytes"]))
+            self._fill_buffers(int(fields["data_gpa"]), buffers_bytes)
         driver_ring.attach_tags(self._ring[0], self._tags, self._heads)
         self._kernel = KERNELS[fields["kernel"]]
 
@@ -193,6 +198,12 @@ class VcpuProcess(CommandExecutor):
         self._wait["sleeps"] = 0
         self._directions[:] = np.zeros(2, layout.DIRECTION)
         self._histograms[:] = 0
+
+    def _touch(self, gpa: int, size_bytes: int) -> None:
+        """Touch part of the RAM before the back-end does: the first one decides on a page's size and NUMA node."""
+        part = np.frombuffer(self._ram.view, np.uint8)[gpa : gpa + size_bytes]
+        part[:: mmap.PAGESIZE] |= 0
+        part[-1:] |= 0
 
     def _fill_buffers(self, data_gpa: int, size_bytes: int) -> None:
         """Random data, so that no storage below can make less of it."""

@@ -4,7 +4,9 @@ import sys
 
 import pytest
 
+from tests.huge_pages_kit import KINDS, PAGE, machine_with, mapped
 from vvupipe.errors import UserError
+from vvupipe.memory import huge_pages
 from vvupipe.vm.guest_ram import SLOT_BYTES, GuestRam, RamSlot
 
 
@@ -57,3 +59,30 @@ def test_ram_left_by_a_killed_process_with_our_number(ram):
     again = GuestRam("test", 4 * SLOT_BYTES)
     assert again.name == ram.name
     again.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slots_of_huge_pages(kind):
+    with machine_with(kind, 3):
+        ram = GuestRam(f"test-{os.getpid()}", 3 * PAGE, huge_pages.choose(3 * PAGE))
+        word = f"vvupipe-{os.getuid()}-test-{os.getpid()}-"
+        slots = [RamSlot.take(ram.name) for _ in range(5)]
+        assert [slot.gpa for slot in slots] == [k * SLOT_BYTES for k in range(1, 6)]
+        for number, slot in enumerate(slots):
+            slot.view[:] = bytes([number]) * SLOT_BYTES
+        assert [bytes(slot.view[-1:]) for slot in slots] == [bytes([number]) for number in range(5)]
+        assert os.pread(ram._fd, SLOT_BYTES, 2 * SLOT_BYTES) == b"\1" * SLOT_BYTES
+        touched, huge = mapped("self", kind, word)
+        assert touched == huge >= 3 * PAGE
+        with pytest.raises(UserError, match="every program slot"):
+            RamSlot.take(ram.name)
+        slots[2].close()
+        again = RamSlot.take(ram.name)
+        assert again.gpa == slots[3].gpa - SLOT_BYTES
+        for slot in (*slots, again):
+            slot.close()
+        name = ram.name
+        ram.close()
+        ram.close()
+        with pytest.raises(UserError, match="is gone"):
+            RamSlot.take(name)

@@ -1,8 +1,10 @@
+import os
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from tests.huge_pages_kit import KINDS, machine_with
 from vvupipe.errors import UserError
 from vvupipe.vm.qemu_binary import QemuBinary
 from vvupipe.vm.qemu_command import (
@@ -11,7 +13,7 @@ from vvupipe.vm.qemu_command import (
     check_options,
     qemu_command,
 )
-from vvupipe.vm.qemu_machine import kernel_parameters
+from vvupipe.vm.qemu_machine import huge_ram, kernel_parameters
 
 QEMU = QemuBinary("/usr/bin/qemu", (7, 2, 0))
 
@@ -105,3 +107,25 @@ def test_what_cannot_start_is_one_line(tmp_path, options, message):
     with pytest.raises(UserError, match=message) as caught:
         check(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_huge_pages_are_a_file_that_qemu_inherits(kind):
+    options = QemuSiblingOptions(accel="tcg", vhost_user_blk=(), mem_mib=32, hugepages=True)
+    with machine_with(kind, 16), huge_ram(options) as ram:
+        assert os.fstat(ram.fd).st_size == 32 << 20
+        arguments = qemu_command(options, QEMU, 7, on_terminal=False, huge=ram)
+    place = f"mem-path=/proc/self/fd/{ram.fd},align=2048K,size=32M,share=on"
+    assert values(arguments, "-object") == [f"memory-backend-file,id=ram,{place}"]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(ram.fd)
+
+
+def test_huge_pages_that_there_are_not():
+    options = QemuSiblingOptions(vhost_user_blk=(), mem_mib=32, hugepages=True)
+    with (
+        machine_with("none"),
+        pytest.raises(UserError, match=r"no huge pages for 32 MiB.*nr_hugepages="),
+        huge_ram(options),
+    ):
+        pass
