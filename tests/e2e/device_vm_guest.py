@@ -54,6 +54,14 @@ def guest_command(*arguments):
     return shlex.join([*VVUPIPE, *map(str, arguments)])
 
 
+def make_image(folder, name, size_bytes):
+    """An image of zeroes that takes no space; its path."""
+    path = folder / name
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+    return path
+
+
 class DeviceVm:
     """`vvupipe run --vvu-proxy ... KERNEL`; `run` types a command into it. `folder` is /share in the guest."""
 

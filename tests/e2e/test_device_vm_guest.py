@@ -6,11 +6,10 @@ import json
 import os
 import subprocess
 
-import psutil
 import pytest
-from device_vm_guest import VVUPIPE, DeviceVm, guest_command
+from device_vm_guest import VVUPIPE, DeviceVm, guest_command, make_image
 from guest_kit import Guest, initramfs, kernel
-from sibling_scripts import COUNT_BYTES, COUNT_SCRIPT, TREE_SCRIPT
+from sibling_scripts import COUNT_SCRIPT, TREE_SCRIPT
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(400)]
 
@@ -21,13 +20,6 @@ SBIN = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
 
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
-
-
-def make_image(folder, name, size):
-    path = folder / name
-    with path.open("wb") as file:
-        file.truncate(size)
-    return path
 
 
 def sibling(vm, address, script, **options):
@@ -145,36 +137,3 @@ def test_the_trace_tells_of_every_sibling(vm):
         assert len([line for line in mine if line.startswith("+++ front-end")]) == len(came)
         assert any("SET_VRING_KICK(vring=0, fd=<eventfd>)" in line for line in mine)
     assert len(lines) == len([line for line in lines if line.split()[1] in (ADDRESS, OTHER)])
-
-
-def test_a_sibling_survives_whatever_happens_to_its_back_end(tmp_path):
-    """Killed back-end, reset device VM, killed device VM, each in the middle of writes."""
-    image = make_image(tmp_path, "count.img", 64 * MIB)
-    proxies = {ADDRESS: tmp_path / "a.sock"}
-    with DeviceVm(tmp_path, proxies) as vm:
-        pid = vm.start_backend(ADDRESS, "count.img")
-        with sibling(vm, ADDRESS, COUNT_SCRIPT) as guest:
-            guest.wait_for("flushed 3")
-            vm.check(f"kill -9 {pid}; wait {pid}; true")
-            vm.wait_for("its driver's process died", 10, stream="err")
-            vm.start_backend(ADDRESS, "count.img")
-
-            guest.wait_for("flushed 8")
-            vm.type("echo b >/proc/sysrq-trigger")  # at once, with nobody told
-            vm.rebooted()
-            vm.start_backend(ADDRESS, "count.img")
-
-            guest.wait_for("flushed 13")
-            qemu = [child for child in psutil.Process(vm.process.pid).children() if "qemu" in child.name()]
-            assert qemu
-            vm.kill()
-            assert not psutil.wait_procs(qemu, timeout=10)[1]
-            flushed = guest.console.count("flushed")
-            data = image.read_bytes()
-            for number in range(1, flushed + 1):
-                block = data[number * COUNT_BYTES : (number + 1) * COUNT_BYTES]
-                assert block == bytes([number]) * COUNT_BYTES, number
-            with DeviceVm(tmp_path, proxies) as second:
-                second.start_backend(ADDRESS, "count.img")
-                end = guest.wait(120)
-    assert (end.status, end.script_status) == (0, 0), (end, second.said)

@@ -6,7 +6,7 @@ $VVUPIPE_NEW_QEMU is that QEMU (scripts/newer_qemu.sh fetches one).
 import os
 
 import pytest
-from device_vm_guest import DeviceVm
+from device_vm_guest import DeviceVm, make_image
 from guest_kit import Guest
 from sibling_scripts import COUNT_BYTES, COUNT_SCRIPT
 
@@ -33,9 +33,7 @@ def test_lspci_shows_the_function(vm):
 
 
 def test_the_sibling_of_a_killed_back_end_is_told_and_comes_back(vm):
-    image = vm.folder / "count.img"
-    with image.open("wb") as file:
-        file.truncate(64 << 20)
+    image = make_image(vm.folder, "count.img", 64 << 20)
     pid = vm.start_backend(ADDRESS, "count.img")
     with Guest(vm.folder, [vm.sockets[ADDRESS]], COUNT_SCRIPT, env=vm.environment) as guest:
         guest.wait_for("flushed 3")

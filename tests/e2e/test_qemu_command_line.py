@@ -9,8 +9,9 @@ import guest_kit
 import pytest
 from embedded import Scene
 
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(150)]
 
-@pytest.mark.timeout(150)
+
 def test_sibling_by_its_command_line(qemu, tmp_path):
     image = tmp_path / "disk.img"
     image.write_bytes(os.urandom(4 << 20))
@@ -39,7 +40,7 @@ def test_sibling_by_its_command_line(qemu, tmp_path):
         guest = subprocess.run(
             [
                 *(sys.executable, "-m", "vvupipe", "run", "--vhost-user-blk", f"{scene.socket},num-queues=2"),
-                *(str(guest_kit.kernel().image), *map(str, arguments)),
+                *(str(guest_kit.packed_kernel().image), *map(str, arguments)),
             ],
             capture_output=True,
             text=True,

@@ -14,11 +14,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from unpacked_kernel import unpacked
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = Path(__file__).with_name("sibling_entry.py")
@@ -45,12 +47,30 @@ def missing(what):
 
 
 @functools.cache
-def kernel():
-    """The kernel that guests boot."""
+def packed_kernel():
+    """The kernel as the distribution ships it, and users boot it."""
     try:
         return initramfs.newest_kernel()
     except initramfs.MissingPart as error:
         return missing(str(error))
+
+
+@functools.cache
+def _folder():
+    """A folder that goes away with this process."""
+    return tempfile.TemporaryDirectory(prefix="vvupipe-guests-")
+
+
+@functools.cache
+def kernel():
+    """The same kernel for guests that shall boot soon: its image is unpacked where that is known how."""
+    packed = packed_kernel()
+    elf = unpacked(packed.image.read_bytes())
+    if elf is None:
+        return packed
+    image = Path(_folder().name) / f"vmlinux-{packed.version}"
+    image.write_bytes(elf)
+    return dataclasses.replace(packed, image=image)
 
 
 @functools.cache
