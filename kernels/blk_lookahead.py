@@ -10,8 +10,8 @@ from numba import uint64
 
 from kernels.jit import kernel
 from kernels.memory import load_u16, load_u64, prefetch
-from kernels.regions import ACCESS_READ, locate
-from kernels.virtio_layout import AVAIL_RING, BLK_HEADER_SIZE, DESC_F_INDIRECT, DESC_SIZE, SECTOR_SHIFT
+from kernels.regions import locate
+from kernels.virtio_layout import ACCESS_READ, AVAIL_RING, BLK_HEADER_SIZE, DESC_F_INDIRECT, DESC_SIZE, SECTOR_SHIFT
 
 #: Requests looked at together.
 AHEAD = 8

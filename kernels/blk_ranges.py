@@ -8,12 +8,7 @@ from kernels.blk_request import take_bytes, total_bytes
 from kernels.jit import kernel
 from kernels.memory import EINTR, last_errno, libc_fallocate, libc_ioctl, libc_pwrite, load_u32, load_u64, store_u64
 from kernels.status import ERR_BAD_REQUEST, ERR_IO, ERR_UNSUPPORTED, OK
-from kernels.virtio_layout import BLK_RANGE_F_UNMAP, BLK_RANGE_SIZE, SECTOR_SHIFT
-
-#: max_discard_seg and max_write_zeroes_seg
-RANGES_MAX = 256
-#: max_discard_sectors and max_write_zeroes_sectors: 1 GiB, so that one request does not hold up its vring for long
-RANGE_SECTORS_MAX = 1 << 21
+from kernels.virtio_layout import BLK_RANGE_F_UNMAP, BLK_RANGE_SIZE, RANGE_SECTORS_MAX, RANGES_MAX, SECTOR_SHIFT
 
 _FALLOC_KEEP_SIZE = np.int32(1)  # fallocate(2)
 _FALLOC_PUNCH_HOLE = np.int32(2)

@@ -10,7 +10,7 @@ from numba import uint32, uint64
 from kernels import control_block as cb
 from kernels.jit import kernel
 from kernels.memory import load_u64, store_u32, store_u64
-from kernels.regions import ACCESS_READ, ACCESS_WRITE, contiguous, locate
+from kernels.regions import contiguous, locate
 from kernels.status import (
     ERR_CHAIN_TOO_LONG,
     ERR_DIRECTION,
@@ -19,7 +19,7 @@ from kernels.status import (
     MISS,
     OK,
 )
-from kernels.virtio_layout import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE
+from kernels.virtio_layout import ACCESS_READ, ACCESS_WRITE, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE
 
 #: Drivers put more segments into an indirect table than a small queue has slots, and QEMU lets them, up to 1024.
 INDIRECT_MAX = 1024

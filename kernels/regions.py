@@ -8,6 +8,7 @@ and do not overlap.
 import numpy as np
 
 from kernels.jit import kernel
+from kernels.virtio_layout import ACCESS_REFUSED
 
 GPA = 0
 SIZE = 1
@@ -15,11 +16,6 @@ ADDRESS = 2
 UVA = 3
 ACCESS = 4
 COLUMNS = 5
-
-ACCESS_READ = 1  # the device may read
-ACCESS_WRITE = 2
-ACCESS_BOTH = 3
-ACCESS_REFUSED = 4  # the front-end was asked and has nothing there
 
 _ZERO = np.uint64(0)
 

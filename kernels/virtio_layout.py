@@ -92,3 +92,14 @@ BLK_S_UNSUPP = 2
 BLK_ID_BYTES = 20
 SECTOR_BYTES = 512
 SECTOR_SHIFT = 9
+
+#: max_discard_seg and max_write_zeroes_seg
+RANGES_MAX = 256
+#: max_discard_sectors and max_write_zeroes_sectors: 1 GiB, so that one request does not hold up its vring for long
+RANGE_SECTORS_MAX = 1 << 21
+
+#: What a translation, or a region, lets the device do.
+ACCESS_READ = 1
+ACCESS_WRITE = 2
+ACCESS_BOTH = 3
+ACCESS_REFUSED = 4  # the front-end was asked and has nothing there

@@ -11,9 +11,12 @@ from kernels import dirty_log, inflight_packed, inflight_split, packed_ring, spl
 from kernels.chain import note_miss, read_chain
 from kernels.jit import kernel
 from kernels.memory import load_u64, ring_eventfd, store_release_u32, store_u16, store_u32, store_u64
-from kernels.regions import ACCESS_BOTH, ACCESS_READ, ACCESS_WRITE, contiguous, contiguous_user, locate
+from kernels.regions import contiguous, contiguous_user, locate
 from kernels.status import ERR_HEAD_INDEX, ERR_INFLIGHT, ERR_QUEUE_SIZE, ERR_RING_ADDRESS, MISS, OK
 from kernels.virtio_layout import (
+    ACCESS_BOTH,
+    ACCESS_READ,
+    ACCESS_WRITE,
     DESC_SIZE,
     EVENT_BYTES,
     QUEUE_SIZE_MAX,

@@ -3,8 +3,9 @@
 import numpy as np
 
 from kernels import control_block as cb
-from kernels.regions import ACCESS_BOTH, COLUMNS
+from kernels.regions import COLUMNS
 from kernels.ring_record import RING
+from kernels.virtio_layout import ACCESS_BOTH
 
 
 class ProcessMemory:

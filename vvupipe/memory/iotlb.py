@@ -12,7 +12,7 @@ ENTRIES_MAX = 16384
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """`size_bytes` from driver address `iova` on are at user address `uva`; access: kernels.regions.ACCESS_*."""
+    """`size_bytes` from driver address `iova` on are at user address `uva`; access: kernels.virtio_layout.ACCESS_*."""
 
     iova: int
     size_bytes: int

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from kernels.regions import ACCESS_REFUSED
+from kernels.virtio_layout import ACCESS_REFUSED
 from vvupipe.errors import Disconnected, ProtocolError, TransportError, WorkerError
 from vvupipe.memory.iotlb import Translation
 from vvupipe.memory.region import MemoryRegion, close_regions

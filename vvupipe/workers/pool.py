@@ -159,7 +159,7 @@ class WorkerPool:
         return self._memory.iotlb.find(iova)
 
     def waiting(self) -> list[tuple[int, int, int]]:
-        """(vring, driver address, kernels.regions.ACCESS_*) of each vring that waits for a translation."""
+        """(vring, driver address, kernels.virtio_layout.ACCESS_*) of each vring that waits for a translation."""
         indices = [index for slot in self._slots for index in slot.vrings]
         records = [(index, self.block.vrings[index]) for index in indices]
         return [

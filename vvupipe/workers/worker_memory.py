@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kernels.regions import ACCESS_BOTH, ACCESS_REFUSED, COLUMNS
+from kernels.regions import COLUMNS
+from kernels.virtio_layout import ACCESS_BOTH, ACCESS_REFUSED
 from vvupipe.errors import WorkerError
 from vvupipe.memory.iotlb import Iotlb, Translation
 from vvupipe.memory.mapping import Mapping

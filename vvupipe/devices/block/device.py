@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable, Sequence
 
 from kernels import virtio_layout as layout
-from kernels.blk_ranges import RANGE_SECTORS_MAX, RANGES_MAX
+from kernels.virtio_layout import RANGE_SECTORS_MAX, RANGES_MAX
 from vvupipe.devices.block.config_space import WRITEBACK_OFFSET, ConfigSpace
 from vvupipe.devices.block.engine import Engine, EngineChoice, choose, engine_fields
 from vvupipe.devices.block.image import Image
