@@ -36,41 +36,41 @@ def descriptor_of(ring, ahead):
 
 
 @kernel
-def first_descriptor(ring, regions, ahead):
-    """Address of the first descriptor with a buffer: the head, or the first one of its indirect table; 0: none."""
-    entry = descriptor_of(ring, ahead)
-    if entry == _ZERO or not (load_u64(entry + _EIGHT) >> _FLAGS_SHIFT) & _INDIRECT:
+def indirect_entry(regions, entry):
+    """Address of the first descriptor with a buffer: `entry`, or what heads its indirect table; 0: none."""
+    if not (load_u64(entry + _EIGHT) >> _FLAGS_SHIFT) & _INDIRECT:
         return entry
     table, available = locate(regions, load_u64(entry), uint64(DESC_SIZE), ACCESS_READ)
     return table if available == DESC_SIZE else _ZERO
 
 
 @kernel
-def header_of(ring, regions, ahead):
-    """Address of the request's header if it lies in one piece, else 0."""
-    entry = first_descriptor(ring, regions, ahead)
-    if entry == _ZERO:
-        return _ZERO
+def header_of(regions, entry):
+    """Address of a request's header, which `entry` describes, if it lies in one piece; else 0."""
     header, available = locate(regions, load_u64(entry), uint64(BLK_HEADER_SIZE), ACCESS_READ)
     return header if available == BLK_HEADER_SIZE else _ZERO
 
 
 @kernel
-def look_ahead(ring, disk, regions, count):
-    """Fetch what serving the next `count` chains will touch."""
+def look_ahead(ring, disk, regions, places, count):
+    """Fetch what serving the next `count` chains (up to AHEAD) will touch. places: uint64[AHEAD, 2], overwritten."""
     for k in range(count):
-        prefetch(descriptor_of(ring, k))
+        places[k, 0] = descriptor_of(ring, k)
+        prefetch(places[k, 0])
     for k in range(count):
-        prefetch(first_descriptor(ring, regions, k))
+        if places[k, 0] != _ZERO:
+            places[k, 0] = indirect_entry(regions, places[k, 0])
+            prefetch(places[k, 0])
     for k in range(count):
-        prefetch(header_of(ring, regions, k))
+        if places[k, 0] != _ZERO:
+            places[k, 0] = header_of(regions, places[k, 0])
+            prefetch(places[k, 0])
     if disk.map_address == _ZERO:
         return
     for k in range(count):
-        header = header_of(ring, regions, k)
-        if header == _ZERO:
+        if places[k, 0] == _ZERO:
             continue
-        offset = load_u64(header + _EIGHT) << uint64(SECTOR_SHIFT)
+        offset = load_u64(places[k, 0] + _EIGHT) << uint64(SECTOR_SHIFT)
         if offset < disk.map_bytes:
             for line in range(_LINES):
                 prefetch(disk.map_address + offset + uint64(line * _LINE_BYTES))

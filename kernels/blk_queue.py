@@ -164,7 +164,7 @@ def serve_ring(work, ring):
             ring.blocked = 1
             break
         if done % AHEAD == 0 and available > 1 and not ring.packed and ring.resubmit_next == ring.resubmit_count:
-            look_ahead(ring, work.disk, work.regions, min(available, AHEAD))
+            look_ahead(ring, work.disk, work.regions, work.copied, min(available, AHEAD))
         error = serve_next(work, ring)
         if error != OK:
             break

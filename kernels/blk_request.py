@@ -63,6 +63,21 @@ def total_bytes(segments, first, end):
 
 
 @kernel
+def take_header(segments, readable, scratch):
+    """Copy the header out and cut it off. Returns (OK or ERR_BAD_REQUEST, first segment with data, type, sector)."""
+    first = np.int64(0)
+    header = segments[0, 0]
+    if readable > 0 and segments[0, 1] == uint64(BLK_HEADER_SIZE) and header != _ZERO:
+        first = np.int64(1)  # as most drivers have it: no need to collect it
+    else:
+        header = scratch
+        status, first = take_bytes(segments, np.int64(0), readable, scratch, uint64(BLK_HEADER_SIZE))
+        if status != OK:
+            return status, np.int64(0), np.int64(-1), _ZERO
+    return OK, first, np.int64(load_u32(header)), load_u64(header + uint64(8))
+
+
+@kernel
 def parse_request(segments, readable, count, scratch):
     """Split a chain into header, data and status.
 
@@ -72,9 +87,5 @@ def parse_request(segments, readable, count, scratch):
     status_address, end = take_status(segments, readable, count)
     if status_address == _ZERO:
         return ERR_NO_STATUS, np.int64(-1), _ZERO, 0, 0, 0, 0, _ZERO
-    status, first = take_bytes(segments, np.int64(0), readable, scratch, uint64(BLK_HEADER_SIZE))
-    if status != OK:
-        return status, np.int64(-1), _ZERO, 0, 0, readable, end, status_address
-    kind = np.int64(load_u32(scratch))
-    sector = load_u64(scratch + uint64(8))
-    return OK, kind, sector, first, readable, readable, end, status_address
+    status, first, kind, sector = take_header(segments, readable, scratch)
+    return status, kind, sector, first, readable, readable, end, status_address
