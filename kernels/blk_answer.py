@@ -4,7 +4,7 @@ import numpy as np
 from numba import uint8
 
 from kernels.dirty_log import mark_segments
-from kernels.jit import kernel
+from kernels.jit import inlined, kernel
 from kernels.memory import store_u8
 from kernels.status import ERR_UNSUPPORTED, OK
 from kernels.virtio_layout import (
@@ -22,7 +22,7 @@ _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
 
 
-@kernel
+@inlined
 def count_done(ring, kind, length):
     """A request of `length` bytes went well. Returns the bytes that it wrote into guest memory."""
     if kind == BLK_T_IN:
@@ -35,7 +35,7 @@ def count_done(ring, kind, length):
     return length if kind == BLK_T_GET_ID else _ZERO
 
 
-@kernel
+@inlined
 def answer(work, ring, head, kind, length, status_address, logged, logged_end, status):
     """Write the status and give the chain back. segments[logged:logged_end]: what the request wrote, for the log."""
     written = _ZERO

@@ -15,7 +15,7 @@ from kernels.blk_lookahead import AHEAD, look_ahead
 from kernels.blk_request import parse_request, total_bytes
 from kernels.chain import SEGMENTS_MAX
 from kernels.image_map import can_copy, copy_from_map, copy_to_map
-from kernels.jit import kernel
+from kernels.jit import inlined, kernel
 from kernels.memory import PAGE_BYTES, ring_eventfd
 from kernels.request import SEGMENTS_EACH, copy_rows, has_room
 from kernels.status import ERR_BAD_ADDRESS, ERR_BAD_REQUEST, ERR_NO_STATUS, ERR_UNSUPPORTED, LATER, MISS, OK
@@ -40,7 +40,7 @@ _ONE = np.uint64(1)
 _PAGE_MASK = np.uint64(PAGE_BYTES - 1)
 
 
-@kernel
+@inlined
 def read_here(work, first, end, sector, length):
     """A read, if it takes no waiting. OK, ERR_* or LATER."""
     disk = work.disk
@@ -56,7 +56,7 @@ def read_here(work, first, end, sector, length):
     return LATER
 
 
-@kernel
+@inlined
 def write_here(work, first, end, sector, length, write_through):
     """A write, if it takes no waiting. OK, ERR_* or LATER."""
     disk = work.disk
@@ -76,7 +76,7 @@ def write_here(work, first, end, sector, length, write_through):
     return LATER
 
 
-@kernel
+@inlined
 def do_here(work, ring, kind, sector, read_first, read_end, write_first, write_end, length):
     """Do a parsed request if that takes no waiting. OK, ERR_* or LATER; with OK of a GET_ID, `length` is its own."""
     if kind == BLK_T_IN:
@@ -96,7 +96,7 @@ def nobody_else(work):
     return work.uring.fd < 0 and work.helpers.shape[0] == 0
 
 
-@kernel
+@inlined
 def serve_next(work, ring):
     """Do the next request, or have somebody do it. OK, MISS, or an ERR_* that breaks the ring."""
     segments = work.segments
@@ -140,7 +140,7 @@ def wait_for_translation(work, ring):
     ring_eventfd(work.notice_fd, work.one)
 
 
-@kernel
+@inlined
 def show(work, ring):
     """Show the driver what was given back, and call it if it wants that."""
     publish(ring, work.one)
