@@ -4,7 +4,7 @@ import numpy as np
 from numba import uint8
 
 from kernels.dirty_log import mark_segments
-from kernels.jit import inlined, kernel
+from kernels.jit import inlined
 from kernels.memory import store_u8
 from kernels.status import ERR_UNSUPPORTED, OK
 from kernels.virtio_layout import (

@@ -8,8 +8,8 @@ from numba import int32, int64, uint64
 
 from kernels import helper, uring
 from kernels.blk_answer import answer
-from kernels.blk_request import total_bytes
-from kernels.jit import kernel
+from kernels.image_map import copy_through_map, fetch
+from kernels.jit import inlined, kernel
 from kernels.request import (
     NOBODY,
     SEGMENTS_EACH,
@@ -105,11 +105,11 @@ def merge(work, slot):
     return True
 
 
-@kernel
-def keep(work, ring, head, kind, sector, first, end, status_address, logged, logged_end):
-    """Put the chain in hand into a slot and see that somebody does it.
+@inlined
+def keep(work, ring, head, kind, sector, length, first, end, status_address, logged, logged_end):
+    """Put the chain in hand into a slot, which is returned.
 
-    Its data is segments[first:end]; segments[logged:logged_end] is what it writes, for the dirty-page log.
+    Its data is segments[first:end], `length` bytes; segments[logged:logged_end] is what it writes, for the dirty log.
     """
     slot = take_slot(work.board, work.requests, ring)
     request = work.requests[slot]
@@ -117,14 +117,22 @@ def keep(work, ring, head, kind, sector, first, end, status_address, logged, log
     request.status_address = status_address
     request.kind = kind
     request.sector = sector
-    request.length = total_bytes(work.segments, first, end)
+    request.length = length
     request.end = copy_rows(work.segments, room_of(slot), first, end)
     request.logged_end = copy_rows(work.segments, room_of(slot) + SEGMENTS_EACH, logged, logged_end)
+    return slot
+
+
+@kernel
+def do_later(work, ring, slot):
+    """See that somebody does the request of `slot`, together with its neighbours on the disk if it has some."""
+    request = work.requests[slot]
     request.write_through = ring.write_through
     request.whole_end = request.end
     request.whole_length = request.length
     request.last_merged = slot
-    mergeable = work.disk.merge_bytes != _ZERO and not ring.log_bytes and (kind in (BLK_T_IN, BLK_T_OUT))
+    reads_or_writes = request.kind in (BLK_T_IN, BLK_T_OUT)
+    mergeable = work.disk.merge_bytes != _ZERO and not ring.log_bytes and reads_or_writes
     if work.board.open != NOBODY:
         if mergeable and merge(work, slot):
             return
@@ -135,7 +143,7 @@ def keep(work, ring, head, kind, sector, first, end, status_address, logged, log
         hand_on(work, slot)
 
 
-@kernel
+@inlined
 def end_one(work, slot, status):
     """Answer the request of `slot`, and free it."""
     request = work.requests[slot]
@@ -156,6 +164,32 @@ def end_one(work, slot, status):
         status,
     )
     give_slot_back(work.board, work.requests, slot, ring)
+
+
+@kernel
+def copy_now(work):
+    """Do the requests that are done by copying: all the copies first, then all the answers."""
+    count = work.board.copies
+    work.board.copies = 0
+    if count > 1:
+        # Together, so that their misses overlap: a fetch waits for the translation of its page.
+        for k in range(count):
+            request = work.requests[work.copies[k]]
+            fetch(work.disk, request.sector << uint64(SECTOR_SHIFT), request.length)
+    for k in range(count):
+        slot = work.copies[k]
+        request = work.requests[slot]
+        offset = request.sector << uint64(SECTOR_SHIFT)
+        writing = request.kind == BLK_T_OUT
+        request.status = copy_through_map(
+            work.disk, work.segments, room_of(slot), request.end, offset, request.length, writing
+        )
+    for k in range(count):
+        slot = work.copies[k]
+        if work.requests[slot].status == OK:
+            end_one(work, slot, int64(OK))
+        else:
+            do_later(work, work.rings[work.requests[slot].ring], slot)
 
 
 @kernel

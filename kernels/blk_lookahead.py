@@ -1,23 +1,19 @@
 """Fetching into the cache what the next requests of a ring will touch, while the ones before them are done.
 
-The driver wrote descriptors, headers and buffers on another CPU and the image is far larger than any cache: one after
-the other these misses cost more than the request itself, all at once they overlap. What is read here only makes
-hints; serving reads and checks everything anew.
+The driver wrote descriptors and headers on another CPU: one after the other these misses cost as much as the request
+itself, all at once they overlap. What is read here only makes hints; serving reads and checks everything anew.
 """
 
 import numpy as np
 from numba import uint64
 
 from kernels.jit import kernel
-from kernels.memory import load_u16, load_u64, prefetch
+from kernels.memory import load_u16, load_u64, prefetch, prefetch_write
 from kernels.regions import locate
-from kernels.virtio_layout import ACCESS_READ, AVAIL_RING, BLK_HEADER_SIZE, DESC_F_INDIRECT, DESC_SIZE, SECTOR_SHIFT
+from kernels.virtio_layout import ACCESS_READ, AVAIL_RING, BLK_HEADER_SIZE, DESC_F_INDIRECT, DESC_SIZE
 
 #: Requests looked at together.
 AHEAD = 8
-#: Lines of the image fetched for each; the CPU's own prefetcher goes on from there.
-_LINES = 4
-_LINE_BYTES = 64
 
 _ZERO = np.uint64(0)
 _EIGHT = np.uint64(8)
@@ -52,8 +48,11 @@ def header_of(regions, entry):
 
 
 @kernel
-def look_ahead(ring, disk, regions, places, count):
-    """Fetch what serving the next `count` chains (up to AHEAD) will touch. places: uint64[AHEAD, 2], overwritten."""
+def look_ahead(ring, regions, places, count):
+    """Fetch what serving the next `count` chains (up to AHEAD) will touch. places: uint64[AHEAD, 2], overwritten.
+
+    A driver is likely to have the status byte in the header's line, so that line is fetched to be written.
+    """
     for k in range(count):
         places[k, 0] = descriptor_of(ring, k)
         prefetch(places[k, 0])
@@ -63,14 +62,4 @@ def look_ahead(ring, disk, regions, places, count):
             prefetch(places[k, 0])
     for k in range(count):
         if places[k, 0] != _ZERO:
-            places[k, 0] = header_of(regions, places[k, 0])
-            prefetch(places[k, 0])
-    if disk.map_address == _ZERO:
-        return
-    for k in range(count):
-        if places[k, 0] == _ZERO:
-            continue
-        offset = load_u64(places[k, 0] + _EIGHT) << uint64(SECTOR_SHIFT)
-        if offset < disk.map_bytes:
-            for line in range(_LINES):
-                prefetch(disk.map_address + offset + uint64(line * _LINE_BYTES))
+            prefetch_write(header_of(regions, places[k, 0]))

@@ -10,15 +10,15 @@ from kernels import control_block as cb
 from kernels.blk_answer import answer
 from kernels.blk_helper import perform
 from kernels.blk_io import check_range, get_id, read_at_once, transfer
-from kernels.blk_later import collect, hand_on_open, keep
+from kernels.blk_later import collect, copy_now, do_later, hand_on_open, keep
 from kernels.blk_lookahead import AHEAD, look_ahead
 from kernels.blk_request import parse_request, total_bytes
 from kernels.chain import SEGMENTS_MAX
-from kernels.image_map import can_copy, copy_from_map, copy_to_map
+from kernels.image_map import can_copy
 from kernels.jit import inlined, kernel
 from kernels.memory import PAGE_BYTES, ring_eventfd
-from kernels.request import SEGMENTS_EACH, copy_rows, has_room
-from kernels.status import ERR_BAD_ADDRESS, ERR_BAD_REQUEST, ERR_NO_STATUS, ERR_UNSUPPORTED, LATER, MISS, OK
+from kernels.request import COPIES_MAX, SEGMENTS_EACH, copy_rows, has_room
+from kernels.status import COPY, ERR_BAD_ADDRESS, ERR_BAD_REQUEST, ERR_NO_STATUS, ERR_UNSUPPORTED, LATER, MISS, OK
 from kernels.virtio_layout import (
     BLK_T_DISCARD,
     BLK_T_FLUSH,
@@ -42,23 +42,22 @@ _PAGE_MASK = np.uint64(PAGE_BYTES - 1)
 
 @inlined
 def read_here(work, first, end, sector, length):
-    """A read, if it takes no waiting. OK, ERR_* or LATER."""
+    """A read, if it takes no waiting. OK, ERR_*, COPY or LATER."""
     disk = work.disk
     status = check_range(disk, sector, length)
     if status != OK or length == _ZERO:
         return status
     offset = sector << uint64(SECTOR_SHIFT)
     if can_copy(disk, offset, length):
-        if copy_from_map(disk, work.segments, first, end, offset, length) == OK:
-            return OK
-    elif disk.nowait:
+        return COPY
+    if disk.nowait:
         return read_at_once(disk, work.segments, first, end, offset, length)
     return LATER
 
 
 @inlined
 def write_here(work, first, end, sector, length, write_through):
-    """A write, if it takes no waiting. OK, ERR_* or LATER."""
+    """A write, if it takes no waiting. OK, ERR_*, COPY or LATER."""
     disk = work.disk
     status = check_range(disk, sector, length)
     if status != OK or disk.read_only:
@@ -69,16 +68,15 @@ def write_here(work, first, end, sector, length, write_through):
     if write_through:
         return LATER
     if disk.map_writable and can_copy(disk, offset, length):
-        if copy_to_map(disk, work.segments, first, end, offset, length) == OK:
-            return OK
-    elif disk.write_here and not (offset | length) & _PAGE_MASK and not disk.bounces:
+        return COPY
+    if disk.write_here and not (offset | length) & _PAGE_MASK and not disk.bounces:
         return transfer(disk, work.segments, first, end, int64(offset), True)
     return LATER
 
 
 @inlined
 def do_here(work, ring, kind, sector, read_first, read_end, write_first, write_end, length):
-    """Do a parsed request if that takes no waiting. OK, ERR_* or LATER; with OK of a GET_ID, `length` is its own."""
+    """Do a parsed request if that takes no waiting. OK, ERR_*, COPY or LATER."""
     if kind == BLK_T_IN:
         return read_here(work, write_first, write_end, sector, length)
     if kind == BLK_T_OUT:
@@ -124,9 +122,15 @@ def serve_next(work, ring):
         else:
             length = total_bytes(segments, first, end)
             status = do_here(work, ring, kind, sector, read_first, read_end, write_first, write_end, length)
-    if status == LATER:
-        if end - first <= SEGMENTS_EACH and logged_end - logged <= SEGMENTS_EACH and not nobody_else(work):
-            keep(work, ring, head, kind, sector, first, end, status_address, logged, logged_end)
+    if status in (COPY, LATER):
+        short = end - first <= SEGMENTS_EACH and logged_end - logged <= SEGMENTS_EACH
+        if short and (status == COPY or not nobody_else(work)):
+            slot = keep(work, ring, head, kind, sector, length, first, end, status_address, logged, logged_end)
+            if status == COPY:
+                work.copies[work.board.copies] = slot
+                work.board.copies += 1
+            else:
+                do_later(work, ring, slot)
             return np.int64(OK)
         status = perform(work.disk, segments, work.scratch, kind, sector, first, end, ring.write_through)
     answer(work, ring, head, kind, length, status_address, logged, logged_end, status)
@@ -161,14 +165,19 @@ def serve_ring(work, ring):
         ring.waiting_sum += uint64(available)
     while error == OK and available > 0 and done < TURN:
         if not has_room(work.board, ring):
+            if work.board.copies:
+                copy_now(work)
+                continue
             ring.blocked = 1
             break
         if done % AHEAD == 0 and available > 1 and not ring.packed and ring.resubmit_next == ring.resubmit_count:
-            look_ahead(ring, work.disk, work.regions, work.copied, min(available, AHEAD))
+            look_ahead(ring, work.regions, work.copied, min(available, AHEAD))
         error = serve_next(work, ring)
         if error != OK:
             break
         done += 1
+        if work.board.copies == COPIES_MAX:
+            copy_now(work)
         # Who waited for the disk should not wait for the requests behind it as well.
         if ring.unpublished >= _PUBLISH_EVERY or work.disk.waited:
             work.disk.waited = 0
@@ -177,6 +186,8 @@ def serve_ring(work, ring):
         if available == 0:
             available = waiting(ring)
             error = np.int64(min(available, 0))
+    if work.board.copies:
+        copy_now(work)
     hand_on_open(work)
     if ring.unpublished:
         show(work, ring)

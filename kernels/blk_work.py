@@ -19,6 +19,7 @@ class BlockWork(NamedTuple):
     segments: npt.NDArray[np.uint64]  # [request.SEGMENT_ROWS, 2], the chain in hand first
     copied: npt.NDArray[np.uint64]  # [32768, 2], a chain copied out of its ring
     board: Record  # request.BOARD
+    copies: npt.NDArray[np.int64]  # [request.COPIES_MAX], slots of requests to be done by copying
     requests: npt.NDArray[np.void]  # request.REQUEST[REQUESTS_MAX]
     uring: Record  # uring_layout.URING; fd -1: none
     tokens: npt.NDArray[np.uint64]  # [n], room for what io_uring tells

@@ -8,8 +8,8 @@ when it was not true any more, one page fault is what that costs.
 import numpy as np
 from numba import int32, int64, uint8, uint64
 
-from kernels.jit import kernel
-from kernels.memory import PAGE_BYTES, copy_bytes, libc_mincore, libc_mmap, load_u8, load_u64, store_u8
+from kernels.jit import inlined, kernel
+from kernels.memory import PAGE_BYTES, copy_bytes, libc_mincore, libc_mmap, load_u8, load_u64, prefetch, store_u8
 from kernels.status import ERR_IO, OK
 
 GRANULE_SHIFT = 16
@@ -24,6 +24,8 @@ _GRANULE_SHIFT = np.uint64(GRANULE_SHIFT)
 _GRANULE_BYTES = np.uint64(1 << GRANULE_SHIFT)
 _PAGE_BYTES = np.uint64(PAGE_BYTES)
 _PAGE_MASK = np.uint64(PAGE_BYTES - 1)
+_LINE_SHIFT = np.uint64(6)
+_FETCH_LINES = np.uint64(4)  # the CPU's own prefetcher goes on from there
 _PROT_READ = 1  # mmap(2)
 _PROT_WRITE = 2
 _MAP_SHARED_FIXED = np.int32(0x11)
@@ -65,7 +67,7 @@ def ask_for_granule(disk, granule, offset, end):
     return wanted
 
 
-@kernel
+@inlined
 def in_memory(disk, offset, length):
     """Whether `length` bytes of the mapping (at least 1, inside it) can be touched without waiting for the disk."""
     if disk.map_always:
@@ -83,7 +85,7 @@ def in_memory(disk, offset, length):
     return True
 
 
-@kernel
+@inlined
 def can_copy(disk, offset, length):
     """Whether a request of `length` bytes is done by copying."""
     return (
@@ -107,28 +109,26 @@ def mend_map(disk, offset, length):
 
 
 @kernel
-def copy_from_map(disk, segments, first, end, offset, length):
-    """Copy out of the mapped image. OK, or ERR_IO when a page of it is gone: then read by system call."""
-    before = load_u64(disk.bus_errors)
-    source = disk.map_address + offset
-    for k in range(first, end):
-        copy_bytes(segments[k, 0], source, segments[k, 1])
-        source += segments[k, 1]
-    if load_u64(disk.bus_errors) == before:
-        return OK
-    mend_map(disk, offset, length)
-    return ERR_IO
+def fetch(disk, offset, length):
+    """Fetch the first lines of a piece of the mapping into the cache."""
+    for line in range(min(_FETCH_LINES, length >> _LINE_SHIFT)):
+        prefetch(disk.map_address + offset + (uint64(line) << _LINE_SHIFT))
 
 
-@kernel
-def copy_to_map(disk, segments, first, end, offset, length):
-    """Copy into the mapped image. OK, or ERR_IO when that has no room (a hole on a full disk): then write by system
-    call, which tells."""
+@inlined
+def copy_through_map(disk, segments, first, end, offset, length, writing):
+    """Copy between the mapped image and segments[first:end].
+
+    OK; or ERR_IO when a page of the image is gone, or has no room (a hole on a full disk): a system call tells.
+    """
     before = load_u64(disk.bus_errors)
-    target = disk.map_address + offset
+    place = disk.map_address + offset
     for k in range(first, end):
-        copy_bytes(target, segments[k, 0], segments[k, 1])
-        target += segments[k, 1]
+        if writing:
+            copy_bytes(place, segments[k, 0], segments[k, 1])
+        else:
+            copy_bytes(segments[k, 0], place, segments[k, 1])
+        place += segments[k, 1]
     if load_u64(disk.bus_errors) == before:
         return OK
     mend_map(disk, offset, length)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numba
 
-
 _OPTIONS = {"nogil": True, "cache": True, "fastmath": False, "boundscheck": False, "error_model": "numpy"}
 
 

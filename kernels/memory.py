@@ -102,20 +102,26 @@ def spin_hint(typing_context):
     return types.void(), generate
 
 
-@intrinsic
-def prefetch(typing_context, address):
-    """Ask the cache for the line at `address`, to be read soon. A hint: no address can make it fault."""
+def _prefetch(write):
+    @intrinsic
+    def fetch(typing_context, address):
+        def generate(context, builder, signature, arguments):
+            pointer = _I8.as_pointer()
+            words = [ir.IntType(32)] * 3
+            kind = ir.FunctionType(ir.VoidType(), [pointer, *words])
+            function = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
+            how, keep, data = (ir.Constant(ir.IntType(32), value) for value in (write, 3, 1))
+            builder.call(function, (builder.inttoptr(arguments[0], pointer), how, keep, data))
+            return context.get_dummy_value()
 
-    def generate(context, builder, signature, arguments):
-        pointer = _I8.as_pointer()
-        words = [ir.IntType(32)] * 3
-        kind = ir.FunctionType(ir.VoidType(), [pointer, *words])
-        function = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
-        read, keep, data = (ir.Constant(ir.IntType(32), value) for value in (0, 3, 1))
-        builder.call(function, (builder.inttoptr(arguments[0], pointer), read, keep, data))
-        return context.get_dummy_value()
+        return types.void(types.uint64), generate
 
-    return types.void(types.uint64), generate
+    return fetch
+
+
+#: Ask the cache for the line at an address, to be read soon, or to be written. A hint: no address can make it fault.
+prefetch = _prefetch(0)
+prefetch_write = _prefetch(1)
 
 
 @intrinsic

@@ -8,7 +8,7 @@ import numpy as np
 from numba import int64
 
 from kernels.chain import SEGMENTS_MAX
-from kernels.jit import kernel
+from kernels.jit import inlined, kernel
 
 #: Requests of one worker that can be under way; one vring has at most half of them.
 REQUESTS_MAX = 512
@@ -17,6 +17,8 @@ SEGMENTS_EACH = 256
 #: Rows of a segment list with room for the chain in hand twice, and for every request under way twice: the second
 #: copy stays whole and tells the dirty-page log what was written.
 SEGMENT_ROWS = 2 * SEGMENTS_MAX + REQUESTS_MAX * 2 * SEGMENTS_EACH
+#: Requests done by copying that are done together.
+COPIES_MAX = 8
 NOBODY = -1
 
 REQUEST = np.dtype(
@@ -50,6 +52,7 @@ BOARD = np.dtype(
     [
         ("free", "<i8"),  # first free slot
         ("under_way", "<i8"),
+        ("copies", "<i8"),  # those that the worker itself does next, by copying
         ("open", "<i8"),  # a read or write that the next one may be merged into; not handed on yet
         ("first_waiting", "<i8"),  # for a helper
         ("last_waiting", "<i8"),
@@ -76,7 +79,7 @@ def room_of(slot):
     return int64(2 * SEGMENTS_MAX) + int64(slot) * int64(2 * SEGMENTS_EACH)
 
 
-@kernel
+@inlined
 def take_slot(board, requests, ring):
     """A free slot for the chain in hand of `ring`; there is one (`has_room`)."""
     slot = board.free
@@ -93,7 +96,7 @@ def take_slot(board, requests, ring):
     return slot
 
 
-@kernel
+@inlined
 def give_slot_back(board, requests, slot, ring):
     """The request of the slot is done."""
     requests[slot].next = board.free
@@ -102,7 +105,7 @@ def give_slot_back(board, requests, slot, ring):
     ring.under_way -= 1
 
 
-@kernel
+@inlined
 def has_room(board, ring):
     """Whether one more chain of the ring can be under way, or another must end first."""
     if ring.in_order and ring.under_way > 0:
@@ -110,7 +113,7 @@ def has_room(board, ring):
     return board.free != NOBODY and ring.under_way < int64(REQUESTS_MAX // 2)
 
 
-@kernel
+@inlined
 def copy_rows(segments, to, first, end):
     """Copy rows of a segment list. Returns the end of the copy."""
     for k in range(first, end):

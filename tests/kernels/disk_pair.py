@@ -12,7 +12,7 @@ from kernels.blk_queue import serve_ring
 from kernels.blk_work import BlockWork
 from kernels.helper import HELPER
 from kernels.image_map import GRANULE_SHIFT, VECTOR_BYTES
-from kernels.request import BOARD, REQUEST, REQUESTS_MAX, SEGMENT_ROWS, lay_out
+from kernels.request import BOARD, COPIES_MAX, REQUEST, REQUESTS_MAX, SEGMENT_ROWS, lay_out
 from kernels.uring_layout import URING
 from tests.kernels.ring_pair import ONE
 from tests.model.blk import BlockModel
@@ -79,6 +79,7 @@ class DiskPair:
             copied=_COPIED,
             board=_BOARD[0],
             requests=_REQUESTS,
+            copies=np.zeros(COPIES_MAX, np.int64),
             uring=_URING[0],
             tokens=np.zeros(1, np.uint64),
             results=np.zeros(1, np.int64),

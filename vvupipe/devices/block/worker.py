@@ -55,6 +55,7 @@ class BlockKernel:
         self._segments = np.zeros((request.SEGMENT_ROWS, 2), np.uint64)
         self._copied = np.zeros((QUEUE_SIZE_MAX, 2), np.uint64)
         self._requests = np.zeros(request.REQUESTS_MAX, request.REQUEST)
+        self._copies = np.zeros(request.COPIES_MAX, np.int64)
         self._board = np.zeros(1, request.BOARD)
         self._tokens = np.zeros(request.REQUESTS_MAX, np.uint64)
         self._results = np.zeros(request.REQUESTS_MAX, np.int64)
@@ -138,6 +139,7 @@ class BlockKernel:
             segments=self._segments,
             copied=self._copied,
             board=self._board[0],
+            copies=self._copies,
             requests=self._requests,
             uring=(self._uring.record if self._uring else self._no_uring)[0],
             tokens=self._tokens,
