@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import sys
 import tempfile
 from functools import cache
@@ -18,6 +19,8 @@ from pathlib import Path
 #: Code for the plain x86-64 (or other) baseline: the same cache then serves a host and every guest on it. The kernels
 #: are loads, stores and calls of libc's memcpy, which picks its own instructions at run time.
 CPU_NAME = "generic"
+#: An x86 CPU that lacks it takes it for a no-operation; other architectures have no such name.
+CPU_FEATURES = "+prfchw" if platform.machine() == "x86_64" else ""
 
 
 def _kernel_sources() -> list[Path]:
@@ -30,7 +33,9 @@ def _kernel_sources() -> list[Path]:
 @cache
 def digest() -> str:
     """12 hex digits that change whenever compiled kernels may."""
-    state = hashlib.sha256(f"{sys.version} numba {importlib.metadata.version('numba')} {CPU_NAME}".encode())
+    state = hashlib.sha256(
+        f"{sys.version} numba {importlib.metadata.version('numba')} {CPU_NAME} {CPU_FEATURES}".encode()
+    )
     for path in _kernel_sources():
         state.update(path.name.encode() + path.read_bytes())
     return state.hexdigest()[:12]
@@ -68,5 +73,5 @@ def environment() -> dict[str, str]:
         **os.environ,
         "NUMBA_CACHE_DIR": str(folder()),
         "NUMBA_CPU_NAME": CPU_NAME,
-        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CPU_FEATURES": CPU_FEATURES,
     }
