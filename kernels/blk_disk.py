@@ -2,6 +2,10 @@
 
 import numpy as np
 
+WRITE_HERE_NEVER = 0
+WRITE_HERE_ALONE = 1  # nothing else waits that it could hold up: Linux may make a writer wait
+WRITE_HERE_ALWAYS = 2
+
 DISK = np.dtype(
     [
         ("fd", "<i8"),
@@ -10,7 +14,7 @@ DISK = np.dtype(
         ("map_address", "<u8"),  # the file mapped into this process; 0: read it by system call
         ("map_start", "<u8"),  # where the mapping lies, also when it is no longer used
         ("map_bytes", "<u8"),
-        ("map_writable", "<i8"),  # 1: writes may go to the mapping
+        ("map_writable", "<i8"),  # 1: writes go to the mapping
         ("map_always", "<i8"),  # 1: what is mapped is always in memory (DAX)
         ("granules_address", "<u8"),  # a byte for each granule of the mapping (kernels.image_map)
         ("granules", "<u8"),
@@ -23,7 +27,7 @@ DISK = np.dtype(
         ("bounces", "<i8"),  # 1: the kernel refused guest memory once, so do not try again
         ("direct", "<i8"),  # 1: opened with O_DIRECT, which not every piece of guest memory is aligned for
         ("nowait", "<i8"),  # 1: try to read without waiting for the disk (RWF_NOWAIT) before somebody else reads
-        ("write_here", "<i8"),  # 1: whole pages are written on the spot, into the page cache
+        ("write_here", "<i8"),  # when whole pages are written on the spot, into the page cache: WRITE_HERE_*
         ("merge_bytes", "<u8"),  # adjacent requests are done together up to this; 0: never
         ("unsafe", "<i8"),  # 1: a flush does nothing (--cache unsafe)
         ("is_block", "<i8"),  # 1: a block device

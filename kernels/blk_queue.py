@@ -8,6 +8,7 @@ from numba import int64, uint64
 
 from kernels import control_block as cb
 from kernels.blk_answer import answer
+from kernels.blk_disk import WRITE_HERE_ALONE, WRITE_HERE_ALWAYS
 from kernels.blk_helper import perform
 from kernels.blk_io import check_range, get_id, read_at_once, transfer
 from kernels.blk_later import collect, copy_now, do_later, hand_on_open, keep
@@ -56,7 +57,7 @@ def read_here(work, first, end, sector, length):
 
 
 @inlined
-def write_here(work, first, end, sector, length, write_through):
+def write_here(work, first, end, sector, length, write_through, alone):
     """A write, if it takes no waiting. OK, ERR_*, COPY or LATER."""
     disk = work.disk
     status = check_range(disk, sector, length)
@@ -69,18 +70,19 @@ def write_here(work, first, end, sector, length, write_through):
         return LATER
     if disk.map_writable and can_copy(disk, offset, length):
         return COPY
-    if disk.write_here and not (offset | length) & _PAGE_MASK and not disk.bounces:
+    here = disk.write_here == WRITE_HERE_ALWAYS or (disk.write_here == WRITE_HERE_ALONE and alone)
+    if here and not (offset | length) & _PAGE_MASK and not disk.bounces:
         return transfer(disk, work.segments, first, end, int64(offset), True)
     return LATER
 
 
 @inlined
-def do_here(work, ring, kind, sector, read_first, read_end, write_first, write_end, length):
+def do_here(work, ring, kind, sector, first, end, length, alone):
     """Do a parsed request if that takes no waiting. OK, ERR_*, COPY or LATER."""
     if kind == BLK_T_IN:
-        return read_here(work, write_first, write_end, sector, length)
+        return read_here(work, first, end, sector, length)
     if kind == BLK_T_OUT:
-        return write_here(work, read_first, read_end, sector, length, ring.write_through)
+        return write_here(work, first, end, sector, length, ring.write_through, alone)
     if kind == BLK_T_FLUSH:
         return OK if work.disk.unsafe else LATER
     if kind in (BLK_T_DISCARD, BLK_T_WRITE_ZEROES):
@@ -95,8 +97,11 @@ def nobody_else(work):
 
 
 @inlined
-def serve_next(work, ring):
-    """Do the next request, or have somebody do it. OK, MISS, or an ERR_* that breaks the ring."""
+def serve_next(work, ring, alone):
+    """Do the next request, or have somebody do it. alone: there is no other that could have to wait for it.
+
+    OK, MISS, or an ERR_* that breaks the ring.
+    """
     segments = work.segments
     status, head, readable, count, clean = look_at_next(ring, work.regions, segments, work.copied)
     if status != OK:
@@ -121,7 +126,7 @@ def serve_next(work, ring):
             length = get_id(work.disk, segments, write_first, write_end)
         else:
             length = total_bytes(segments, first, end)
-            status = do_here(work, ring, kind, sector, read_first, read_end, write_first, write_end, length)
+            status = do_here(work, ring, kind, sector, first, end, length, alone)
     if status in (COPY, LATER):
         short = end - first <= SEGMENTS_EACH and logged_end - logged <= SEGMENTS_EACH
         if short and (status == COPY or not nobody_else(work)):
@@ -172,7 +177,7 @@ def serve_ring(work, ring):
             break
         if done % AHEAD == 0 and available > 1 and not ring.packed and ring.resubmit_next == ring.resubmit_count:
             look_ahead(ring, work.regions, work.copied, min(available, AHEAD))
-        error = serve_next(work, ring)
+        error = serve_next(work, ring, available == 1 and work.board.under_way == 0)
         if error != OK:
             break
         done += 1

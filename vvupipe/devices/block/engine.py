@@ -6,6 +6,8 @@ import enum
 import mmap
 from dataclasses import dataclass
 
+from kernels import blk_disk
+from vvupipe.devices.block import file_memory
 from vvupipe.devices.block.image import Image
 from vvupipe.errors import UserError
 from vvupipe.workers import io_uring
@@ -31,7 +33,8 @@ class EngineChoice:
     engine: Engine
     uring: bool
     sqpoll: bool = False
-    writable_map: bool = False
+    writable_map: bool = False  #: writes are copied into the mapping
+    map_always: bool = False  #: what is mapped is never on a disk (DAX)
 
 
 def choose(wanted: Engine, image: Image, *, sqpoll: bool = False) -> EngineChoice:
@@ -45,19 +48,18 @@ def choose(wanted: Engine, image: Image, *, sqpoll: bool = False) -> EngineChoic
         raise UserError(f"io_uring cannot be used: {missing}: {hint}")
     if wanted == Engine.MMAP and image.direct:
         raise UserError("--engine mmap goes through the page cache and --direct around it: leave one of them away")
-    readable, writable = (False, False) if image.direct else _mappable(image)
+    readable = not image.direct and _maps(image, mmap.PROT_READ)
     if wanted == Engine.MMAP and not readable:
         raise UserError(f"{image.path} cannot be mapped: use --engine uring or sync")
     if wanted == Engine.AUTO:
         wanted = Engine.MMAP if readable else Engine.SYNC if missing else Engine.URING
-    return EngineChoice(wanted, not missing, sqpoll, writable and wanted == Engine.MMAP)
-
-
-def _mappable(image: Image) -> tuple[bool, bool]:
-    """Whether the image can be mapped for reading, and for writing."""
-    if not _maps(image, mmap.PROT_READ):
-        return False, False
-    return True, not image.read_only and _maps(image, mmap.PROT_READ | mmap.PROT_WRITE)
+    if wanted != Engine.MMAP:
+        return EngineChoice(wanted, not missing, sqpoll)
+    dax = file_memory.is_dax(image.fd)
+    # Elsewhere each page that was written back takes a fault when it is written again: pwritev costs less.
+    in_memory = dax or file_memory.is_tmpfs(image.fd)
+    writable = in_memory and not image.read_only and _maps(image, mmap.PROT_READ | mmap.PROT_WRITE)
+    return EngineChoice(wanted, not missing, sqpoll, writable, dax)
 
 
 def _maps(image: Image, protection: int) -> bool:
@@ -70,13 +72,13 @@ def _maps(image: Image, protection: int) -> bool:
 
 def engine_fields(choice: EngineChoice, image: Image) -> dict[str, int]:
     """What a worker is told (fields of kernels.blk_disk.DISK, and of worker.BlockKernel.open)."""
-    waits_here = choice.engine == Engine.SYNC and not image.direct
+    cached_sync = choice.engine == Engine.SYNC and not image.direct
     return {
         "maps": choice.engine == Engine.MMAP,
         "writable_map": choice.writable_map,
-        "map_always": 0,
-        "nowait": waits_here,
-        "write_here": waits_here,
+        "map_always": choice.map_always,
+        "nowait": cached_sync,
+        "write_here": blk_disk.WRITE_HERE_ALWAYS if cached_sync else 0 if image.direct else blk_disk.WRITE_HERE_ALONE,
         "merge_bytes": _MERGE_BYTES,
         "uring": choice.uring,
         "sqpoll": choice.sqpoll,
