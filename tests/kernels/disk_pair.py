@@ -98,12 +98,16 @@ class DiskPair:
         """Until nothing is left to do or the ring is broken; returns requests (a broken one counts)."""
         done = 0
         while pair.rings[0]["state"] == cb.VRING_RUNNING:
-            some = serve_ring(self.work(pair), pair.rings[0])
+            some = self.serve_turn(pair)
             ended = self.end_some(pair)
             if not some and not ended and not self.others.boards[0]["under_way"]:
                 break
             done += some
         return done
+
+    def serve_turn(self, pair, index=0):
+        """One turn of a ring. Returns how many requests were taken."""
+        return serve_ring(self.work(pair), pair.rings[index])
 
     def end_some(self, pair):
         """End what is done by now. Returns how many requests ended."""
@@ -111,8 +115,8 @@ class DiskPair:
 
     def drain(self, pair):
         """Wait until nothing is under way, as a worker does."""
-        pollfds = np.zeros(2 + OWN_POLLFDS, POLLFD)
-        pollfds["fd"], pollfds["events"] = [-1, -1, *self.others.poll_fds], POLLIN
+        pollfds = np.zeros(1 + len(pair.rings) + OWN_POLLFDS, POLLFD)
+        pollfds["fd"], pollfds["events"] = [-1] * (1 + len(pair.rings)) + self.others.poll_fds, POLLIN
         drain(pollfds, self.work(pair))
 
     def serve_model(self, pair):

@@ -1,6 +1,7 @@
 """Who does what a worker does not do on the spot: io_uring and helper threads, or a test in their place."""
 
 import functools
+import mmap
 import os
 
 import numpy as np
@@ -28,8 +29,10 @@ class Others:
             self.urings["fd"] = -1
         self.helpers = Helpers(helpers)
         self.disks = np.zeros(max(helpers, 1), DISK)
-        self._rooms = np.zeros((max(helpers, 1), BOUNCE_BYTES), np.uint8)
+        # Pages of their own, as direct I/O wants them.
+        self._rooms = np.frombuffer(mmap.mmap(-1, max(helpers, 1) * BOUNCE_BYTES), np.uint8).reshape(-1, BOUNCE_BYTES)
         self._scratch = np.zeros(8, np.uint64)
+        self._threads = threads
         if threads:
             self.helpers.start(self._help)
 
@@ -42,6 +45,8 @@ class Others:
         self.boards[:] = np.zeros(1, BOARD)
         lay_out(self.boards, self.requests)
         self.boards["free_helpers"] = len(self.helpers.records)
+        if not self._threads:
+            self.helpers.records["state"] = helper.IDLE  # of a test that failed
         self.disks[:] = disk
         self.disks["bounce_address"] = [room.ctypes.data for room in self._rooms]
         if self._uring:
@@ -98,3 +103,9 @@ class Others:
 def shared(kind):
     """One for all tests of a process, because helper threads end with it."""
     return Others(uring=kind == "uring", helpers={"alone": 0, "uring": 2, "helpers": 4}[kind])
+
+
+@functools.cache
+def by_hand(helpers):
+    """Helpers that are the test: `given`, `do`."""
+    return Others(helpers=helpers, threads=False)

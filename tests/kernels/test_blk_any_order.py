@@ -12,7 +12,7 @@ from kernels import status
 from kernels.inflight_packed import list_inflight as list_packed
 from kernels.inflight_split import list_inflight as list_split
 from tests.kernels.disk_pair import DiskPair
-from tests.kernels.others import shared
+from tests.kernels.others import by_hand, shared
 from tests.kernels.ring_pair import RingPair
 from tests.kernels.test_rings import LAYOUTS, SEEDS, examples, position
 from tests.mock.random_blk_driver import PackedApartDriver, SplitApartDriver
@@ -44,7 +44,9 @@ class AnyOrder:
         self.driver.sectors = SECTORS
         self.rng, self.packed = rng, packed
         assert self.pair.start() == status.OK
-        self.disk = DiskPair(SECTORS, rng, others=shared(kind), **disk)
+        self.by_hand = kind == "by hand"
+        others = by_hand(3) if self.by_hand else shared(kind)
+        self.disk = DiskPair(SECTORS, rng, others=others, **disk)
 
     def serve(self, most):
         """Serve a batch on both sides and compare. Returns how many requests it had."""
@@ -52,7 +54,7 @@ class AnyOrder:
         put = self.driver.put_batch(most)
         pair.sync()
         before = pair.kernel_piece(0).copy()
-        done = disk.serve_kernel(pair)
+        done = self._serve_by_hand() if self.by_hand else disk.serve_kernel(pair)
         disk.drain(pair)
         served, rule = disk.serve_model(pair)
         assert rule is None
@@ -67,6 +69,19 @@ class AnyOrder:
         found = self.driver.reap_all()
         assert sorted(found) == expected_used, "used elements"
         return put
+
+    def _serve_by_hand(self):
+        """Helpers get done in a random order, and slowly: many requests wait for one."""
+        done = 0
+        while True:
+            some = self.disk.serve_turn(self.pair)
+            given = self.disk.others.given()
+            if given and (not some or self.rng.random() < 0.5):
+                self.disk.others.do(self.rng.choice(given))
+            self.disk.end_some(self.pair)
+            done += some
+            if not some and not self.disk.others.boards["under_way"][0]:
+                return done
 
     def _used(self):
         """What the model used, sorted; the driver's own view of it stays as it was."""
@@ -107,7 +122,7 @@ class AnyOrder:
         self.pair.close()
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [*KINDS.args[1], "by hand"])
 @LAYOUTS
 def test_requests_of_every_kind(packed, kind):
     statuses = collections.Counter()
