@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 
 from tests.mock.guest_memory import GuestMemory
 from vvupipe.devices.block.device import BlockDevice
@@ -56,3 +57,11 @@ def in_scene(image, story, **options):
 
 async def read(disk, sector):
     return await asyncio.to_thread(disk.read, sector, 512)
+
+
+async def until(condition, timeout_s=20):
+    """Wait until `condition()` is true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        await asyncio.sleep(0.01)
