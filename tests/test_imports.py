@@ -35,7 +35,8 @@ def modules(folder):
 
 @pytest.mark.parametrize("path", modules("kernels"), ids=lambda path: path.name)
 def test_kernels_import_numba_numpy_and_kernels_only(path):
-    allowed = {"numba", "numpy", "llvmlite", "kernels", "platform", "collections", "typing"}
+    # mmap and platform tell memory.py of the machine: the size of a page, the kind of CPU.
+    allowed = {"numba", "numpy", "llvmlite", "kernels", "mmap", "platform", "collections", "typing"}
     assert {name.split(".")[0] for name in imports_of(path)} <= allowed
 
 
@@ -84,3 +85,17 @@ def test_command_line_loads_without_numba_and_numpy():
     ).stdout.split()
     assert "click" in loaded
     assert not {"numba", "numpy", "llvmlite"} & set(loaded)
+
+
+def test_coordinator_of_a_back_end_loads_without_numba():
+    """Compiling is for its workers: the coordinator only looks at dtypes."""
+    modules = "vvupipe.devices.server, vvupipe.devices.block.device, vvupipe.vhost_user.socket_transport"
+    loaded = subprocess.run(
+        [sys.executable, "-c", f"import sys, {modules}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    ).stdout.split()
+    assert "vvupipe.devices.block.device" in loaded
+    assert not {"numba", "llvmlite"} & set(loaded)

@@ -8,19 +8,19 @@ import numpy as np
 from kernels import control_block as cb
 from kernels.blk_bounce import BOUNCE_BYTES
 from kernels.blk_disk import DISK
-from kernels.blk_queue import serve_ring
+from kernels.blk_queue import end_some, serve_ring
 from kernels.blk_work import BlockWork
-from kernels.helper import HELPER
+from kernels.blk_worker import OWN_POLLFDS, drain
 from kernels.image_map import GRANULE_SHIFT, VECTOR_BYTES
-from kernels.request import BOARD, COPIES_MAX, REQUEST, REQUESTS_MAX, SEGMENT_ROWS, lay_out
-from kernels.uring_layout import URING
+from kernels.request import COPIES_MAX
+from kernels.worker_loop import POLLFD, POLLIN
+from tests.kernels.others import shared
 from tests.kernels.ring_pair import ONE
 from tests.model.blk import BlockModel
 from tests.model.guest_memory import Broken
 
 SERIAL = b"serial number" + bytes(7)
 
-_SEGMENTS = np.zeros((SEGMENT_ROWS, 2), np.uint64)
 _COPIED = np.zeros((32768, 2), np.uint64)
 _SCRATCH = np.zeros(64, np.uint8)
 _ROOM = np.zeros(BOUNCE_BYTES, np.uint8)
@@ -28,20 +28,21 @@ _ZEROS = np.zeros(BOUNCE_BYTES, np.uint8)
 _SERIAL = np.frombuffer(SERIAL, np.uint8).copy()
 _WORKER = np.zeros(1, cb.WORKER)
 _VECTOR = np.zeros(VECTOR_BYTES, np.uint8)
-_REQUESTS = np.zeros(REQUESTS_MAX, REQUEST)
-_BOARD = np.zeros(1, BOARD)
-_URING = np.zeros(1, URING)
-_URING["fd"] = -1
-lay_out(_BOARD, _REQUESTS)
 
 
 class DiskPair:
-    """`sectors` of random bytes in a memfd. mapped: reads copy out of a mapping of it."""
+    """`sectors` of random bytes in a memfd, or in the file `fd`, which is ours from here on.
 
-    def __init__(self, sectors, rng, *, mapped=True, read_only=False, bounces=False, abilities=True):
+    mapped: requests are done by copying from and to a mapping of it. others: who does what is not done on the spot
+    (tests.kernels.others); None: nobody, the worker does everything by itself.
+    """
+
+    def __init__(
+        self, sectors, rng, *, mapped=True, read_only=False, bounces=False, abilities=True, others=None, fd=None
+    ):
         image = bytearray(rng.randbytes(512 * sectors))
-        self.fd = os.memfd_create("image")
-        os.write(self.fd, image)
+        self.fd = os.memfd_create("image") if fd is None else fd
+        os.pwrite(self.fd, image, 0)
         self.model = BlockModel(image, SERIAL, read_only=read_only, can_discard=abilities, can_write_zeroes=abilities)
         self._map = mmap.mmap(self.fd, len(image))
         self.disks = np.zeros(1, DISK)
@@ -53,6 +54,7 @@ class DiskPair:
         disk["bus_errors"] = _WORKER.ctypes.data + cb.offset_of(cb.WORKER, "bus_errors")
         for name in ("can_discard", "can_write_zeroes", "can_punch", "can_zero_range"):
             disk[name] = abilities
+        self.others = others or shared("alone")
         if mapped:
             self._view = np.frombuffer(self._map, np.uint8)
             disk["map_address"] = disk["map_start"] = self._view.ctypes.data
@@ -61,29 +63,34 @@ class DiskPair:
             self._granules = np.zeros(-(-len(image) >> GRANULE_SHIFT), np.uint8)
             disk["granules_address"], disk["granules"] = self._granules.ctypes.data, len(self._granules)
             disk["granule_mark"], disk["vector_address"] = 1, _VECTOR.ctypes.data
+        self.begin()
 
     def close(self):
         self._view = None
         self._map.close()
         os.close(self.fd)
 
+    def begin(self):
+        """The disk is as it shall be: give it to the others."""
+        self.others.begin(self.disks[0])
+
     def work(self, pair):
-        """Without io_uring and helpers: a worker does everything by itself."""
+        others = self.others
         return BlockWork(
             rings=pair.rings,
             running=np.zeros(1, np.int64),
             disk=self.disks[0],
             regions=pair.regions,
             memory=pair.table,
-            segments=_SEGMENTS,
+            segments=others.segments,
             copied=_COPIED,
-            board=_BOARD[0],
-            requests=_REQUESTS,
+            board=others.boards[0],
             copies=np.zeros(COPIES_MAX, np.int64),
-            uring=_URING[0],
-            tokens=np.zeros(1, np.uint64),
-            results=np.zeros(1, np.int64),
-            helpers=np.zeros(0, HELPER),
+            requests=others.requests,
+            uring=others.urings[0],
+            tokens=others.tokens,
+            results=others.results,
+            helpers=others.helpers.records,
             scratch=np.uint64(_SCRATCH.ctypes.data),
             one=ONE,
             notice_fd=np.int32(-1),
@@ -93,11 +100,26 @@ class DiskPair:
         """Until nothing is left to do or the ring is broken; returns requests (a broken one counts)."""
         done = 0
         while pair.rings[0]["state"] == cb.VRING_RUNNING:
-            some = serve_ring(self.work(pair), pair.rings[0])
-            if not some:
+            some = self.serve_turn(pair)
+            ended = self.end_some(pair)
+            if not some and not ended and not self.others.boards[0]["under_way"]:
                 break
             done += some
         return done
+
+    def serve_turn(self, pair, index=0):
+        """One turn of a ring. Returns how many requests were taken."""
+        return serve_ring(self.work(pair), pair.rings[index])
+
+    def end_some(self, pair):
+        """End what is done by now. Returns how many requests ended."""
+        return end_some(self.work(pair))
+
+    def drain(self, pair):
+        """Wait until nothing is under way, as a worker does."""
+        pollfds = np.zeros(1 + len(pair.rings) + OWN_POLLFDS, POLLFD)
+        pollfds["fd"], pollfds["events"] = [-1] * (1 + len(pair.rings)) + self.others.poll_fds, POLLIN
+        drain(pollfds, self.work(pair))
 
     def serve_model(self, pair):
         """Returns (requests, the rule that was broken or None)."""

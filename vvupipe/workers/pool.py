@@ -320,7 +320,7 @@ class WorkerPool:
             await handle.command(*command)
         for setup in list(slot.vrings.values()):
             try:
-                await handle.command(*_start_command(setup, takes_over=True))
+                await handle.command(*_start_command(setup))
             except WorkerDied:
                 raise
             except WorkerError as error:
@@ -356,7 +356,7 @@ class WorkerPool:
             raise error
 
 
-def _start_command(setup: VringSetup, *, takes_over: bool = False) -> tuple[commands.Fields, list[int]]:
+def _start_command(setup: VringSetup) -> tuple[commands.Fields, list[int]]:
     fds = [setup.kick_fd] if setup.kick_fd >= 0 else []
     fds += [doorbell.fd for doorbell in (setup.call, setup.err) if doorbell]
     fds += [setup.inflight_fd] if setup.inflight_fd >= 0 else []
@@ -365,4 +365,4 @@ def _start_command(setup: VringSetup, *, takes_over: bool = False) -> tuple[comm
         "call_fd": setup.call is not None,
         "err_fd": setup.err is not None,
     }
-    return {"op": "start", "takes_over": takes_over, **setup.fields(), **given}, fds
+    return {"op": "start", **setup.fields(), **given}, fds

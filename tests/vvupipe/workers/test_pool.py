@@ -12,58 +12,10 @@ import pytest
 
 from tests.mock.blk_driver import BlkDriver
 from tests.mock.driver_ring import DriverRing
-from tests.mock.guest_memory import GuestMemory
+from tests.vvupipe.workers.pool_kit import in_scene, read
 from vvupipe.errors import WorkerError
-from vvupipe.memory.doorbell import Doorbell
-from vvupipe.memory.region import MemoryRegion
-from vvupipe.workers.pool import DeviceWorker, WorkerPool
-from vvupipe.workers.vring_setup import VringSetup
 
 pytestmark = pytest.mark.timeout(120)
-
-
-class Scene:
-    """A pool on an image, and a guest's memory to serve."""
-
-    def __init__(self, image, num_vrings=2):
-        self.fd = os.open(image, os.O_RDWR)
-        abilities = ("direct", "unsafe", "is_block", "can_discard", "can_write_zeroes", "can_punch", "can_zero_range")
-        fields = {"size_bytes": image.stat().st_size, "read_only": False, "serial": "pool"}
-        fields |= dict.fromkeys(abilities, False)
-        worker = DeviceWorker("vvupipe.devices.block.worker", fields, (self.fd,))
-        self.pool = WorkerPool(worker, sorted(os.sched_getaffinity(0)), num_vrings, 50_000)
-        self.memory = GuestMemory()
-
-    async def give_memory(self):
-        regions = [MemoryRegion(gpa, size, uva, os.dup(fd), off) for gpa, size, uva, fd, off in self.memory.regions]
-        await self.pool.set_memory(regions)
-
-    def setup(self, index, ring, **changes):
-        to_uva = self.memory.to_uva
-        setup = VringSetup(
-            index, ring.size, to_uva(ring.desc), to_uva(ring.avail), to_uva(ring.used),
-            event_idx=False, indirect=True, write_through=False, kick_fd=os.dup(ring.kick_fd),
-            call=Doorbell(os.dup(ring.call_fd)), err=Doorbell(os.dup(ring.err_fd)),
-        )  # fmt: skip
-        for name, value in changes.items():
-            setattr(setup, name, value)
-        return setup
-
-    async def close(self):
-        await self.pool.close()
-        self.memory.close()
-        os.close(self.fd)
-
-
-def in_scene(image, story):
-    async def play():
-        scene = Scene(image)
-        try:
-            await story(scene)
-        finally:
-            await scene.close()
-
-    asyncio.run(play())
 
 
 @pytest.fixture
@@ -71,10 +23,6 @@ def image(tmp_path):
     path = tmp_path / "disk.img"
     path.write_bytes(os.urandom(1 << 20))
     return path
-
-
-async def read(disk, sector):
-    return await asyncio.to_thread(disk.read, sector, 512)
 
 
 def test_workers_start_when_needed_are_pinned_and_end(image):

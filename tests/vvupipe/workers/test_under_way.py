@@ -1,0 +1,221 @@
+"""Workers that are killed, stopped or given other memory while requests are under way, on a disk that takes its time."""
+
+import asyncio
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from tests.mock.blk_batch import BlkBatch
+from tests.mock.blk_driver import FLUSH, IN, OK, OUT
+from tests.mock.driver_ring import DriverRing
+from tests.mock.packed_ring import PackedRing
+from tests.slow_file import FSYNC, READ, WRITE, slow_file
+from tests.vvupipe.workers.pool_kit import in_scene, until
+from vvupipe.memory.region import MemoryRegion
+from vvupipe.workers.io_uring import available
+
+pytestmark = pytest.mark.timeout(120)
+
+PAGE = 4096
+PAGES = 256
+needs_io_uring = pytest.mark.skipif(available() is not None, reason=f"io_uring: {available()}")
+ENGINES = [pytest.param("mmap"), pytest.param("uring", marks=needs_io_uring), pytest.param("sync")]
+
+
+@pytest.fixture
+def slow(tmp_path):
+    with slow_file(tmp_path / "disk.img", random.Random(5).randbytes(PAGES * PAGE)) as file:
+        yield file
+
+
+@pytest.fixture(params=["split", "packed"])
+def packed(request):
+    return request.param == "packed"
+
+
+async def start(scene, packed, size=256):
+    """A BlkBatch on a ring that the pool serves."""
+    await scene.give_memory()
+    ring = (PackedRing if packed else DriverRing)(scene.memory, size)
+    base = PackedRing.START if packed else 0
+    await scene.pool.start_vring(scene.setup(0, ring, packed=packed, base=base))
+    return BlkBatch(ring)
+
+
+def under_way(scene):
+    return int(scene.pool.block.vrings[0]["under_way"])
+
+
+def put_reads(batch, pages):
+    return [batch.put(IN, page * PAGE // 512, size=PAGE) for page in pages]
+
+
+def check_reads(requests, content):
+    for request in requests:
+        assert (request.status, request.length) == (OK, PAGE + 1)
+        assert request.data == content[request.sector * 512 : request.sector * 512 + PAGE]
+
+
+async def wait(batch):
+    return await asyncio.to_thread(batch.wait)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_killed_with_many_requests_under_way(slow, packed, engine):
+    """What it had done stays done, what it had not is done by its successor, and nothing is used twice."""
+    content = bytes(slow.data)
+
+    async def story(scene):
+        batch = await start(scene, packed)
+        slow.hold = lambda operation, offset: offset >= PAGES // 2 * PAGE and operation in (READ, WRITE)
+        quick = put_reads(batch, range(0, 40, 2))
+        late = put_reads(batch, range(PAGES - 60, PAGES, 2))
+        writes = [batch.put(OUT, page * 8, bytes([page]) * PAGE) for page in (150, 152, 154)]
+        batch.show()
+        await asyncio.to_thread(slow.wait_held, 3)
+        await until(lambda: batch.look() is not None and len(batch.done) == len(quick))
+        assert set(map(id, batch.done)) == set(map(id, quick))
+        (pid,) = scene.pool.pids()
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(0.1)
+        slow.release()
+        await wait(batch)
+        assert scene.pool.pids() != [pid]
+        check_reads(quick + late, content)
+        assert {request.status for request in writes} == {OK}
+        for page in (150, 152, 154):
+            assert slow.data[page * PAGE : (page + 1) * PAGE] == bytes([page]) * PAGE
+        await asyncio.sleep(0.05)
+        assert not batch.look(), "nothing comes twice"
+        position = await scene.pool.stop_vring(0)
+        assert position == (batch.ring.position() if packed else len(quick + late + writes))
+
+    in_scene(slow.path, story, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_killed_again_and_again(slow, packed, engine):
+    content = bytes(slow.data)
+    rng = random.Random(11)
+
+    async def story(scene):
+        batch = await start(scene, packed)
+        for _ in range(3):
+            held = rng.sample(range(PAGES), 30)
+            slow.hold = lambda operation, offset, held=held: operation == READ and offset // PAGE in held
+            requests = put_reads(batch, rng.sample(range(PAGES), 50))
+            batch.show()
+            await asyncio.sleep(rng.random() * 0.2)
+            for pid in scene.pool.pids():
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(rng.random() * 0.1)
+            slow.release()
+            await wait(batch)
+            check_reads(requests, content)
+        assert len(batch.done) == 150
+        assert not batch.look()
+
+    in_scene(slow.path, story, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_stop_waits_for_what_is_under_way(slow, packed, engine):
+    content = bytes(slow.data)
+
+    async def story(scene):
+        batch = await start(scene, packed)
+        slow.hold = lambda operation, offset: operation == READ
+        requests = put_reads(batch, range(3, 33, 3))
+        batch.show()
+        await asyncio.to_thread(slow.wait_held, 1)
+        stopping = asyncio.create_task(scene.pool.stop_vring(0))
+        await asyncio.sleep(0.3)
+        assert not stopping.done()
+        assert len(batch.done) == len(batch.look()) == 0
+        slow.release()
+        position = await stopping
+        # All that was taken is used by now; nothing is touched after this.
+        batch.look()
+        taken = batch.done
+        check_reads(taken, content)
+        assert len(taken) == len(requests)
+        assert position == (batch.ring.position() if packed else len(requests))
+
+    in_scene(slow.path, story, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_other_memory_while_requests_are_under_way(slow, packed, engine):
+    """The old table stays until they are done; then the ring goes on in the new one."""
+    content = bytes(slow.data)
+
+    async def story(scene):
+        batch = await start(scene, packed)
+        slow.hold = lambda operation, offset: operation == READ
+        requests = put_reads(batch, range(3, 33, 3))
+        batch.show()
+        await asyncio.to_thread(slow.wait_held, 1)
+        ((gpa, size, uva, fd, offset),) = scene.memory.regions
+        more = os.memfd_create("more")
+        os.ftruncate(more, 1 << 20)
+        regions = [MemoryRegion(gpa, size, uva, os.dup(fd), offset), MemoryRegion(1 << 40, 1 << 20, 1 << 41, more, 0)]
+        changing = asyncio.create_task(scene.pool.set_memory(regions))
+        await asyncio.sleep(0.3)
+        assert not changing.done()
+        slow.release()
+        await changing
+        check_reads(await wait(batch), content)
+        requests = put_reads(batch, range(100, 120))
+        batch.show()
+        await wait(batch)
+        check_reads(requests, content)
+
+    in_scene(slow.path, story, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("operation", [FSYNC, WRITE])
+def test_slow_requests_hold_up_no_reads(slow, packed, engine, operation):
+    content = bytes(slow.data)
+
+    async def story(scene):
+        batch = await start(scene, packed)
+        slow.hold = lambda what, offset: what == operation
+        first = batch.put(OUT, 200 * 8, b"w" * PAGE) if operation == WRITE else batch.put(FLUSH)
+        batch.show()
+        await asyncio.to_thread(slow.wait_held, 1)
+        for start_page in (0, 40):
+            requests = put_reads(batch, range(start_page, start_page + 40))
+            batch.show()
+            await until(lambda: batch.look() is not None and len(batch.under_way) == 1)
+            check_reads(requests, content)
+        assert first.status is None
+        slow.release()
+        await wait(batch)
+        assert first.status == OK
+
+    in_scene(slow.path, story, engine=engine)
+
+
+def test_a_worker_sleeps_while_it_waits_for_the_disk(slow):
+    """Requests under way cost no CPU."""
+
+    async def story(scene):
+        batch = await start(scene, packed=False)
+        slow.hold = lambda operation, offset: operation == READ
+        put_reads(batch, [3])
+        batch.show()
+        await asyncio.to_thread(slow.wait_held, 1)
+        await asyncio.sleep(0.2)
+        sleeps = int(scene.pool.block.workers[0]["sleeps"])
+        before = time.process_time()
+        await asyncio.sleep(0.5)
+        assert int(scene.pool.block.workers[0]["sleeps"]) - sleeps <= 1
+        assert time.process_time() - before < 0.4
+        slow.release()
+        await wait(batch)
+
+    in_scene(slow.path, story)
