@@ -40,6 +40,29 @@ def start_helpers(work):
 
 
 @kernel
+def registered(work, first, rows):
+    """The registered buffer that holds segments[first:first + rows]; -1: none does, or there are several segments."""
+    buffers = work.buffers
+    if rows != 1 or buffers.shape[0] == 0:
+        return int64(-1)
+    address = work.segments[first, 0]
+    low = 0
+    high = buffers.shape[0]
+    while low < high:
+        middle = (low + high) >> 1
+        if buffers[middle, 0] <= address:
+            low = middle + 1
+        else:
+            high = middle
+    if low == 0:
+        return int64(-1)
+    inside = address - buffers[low - 1, 0]
+    size = buffers[low - 1, 1]
+    fits = inside < size and work.segments[first, 1] <= size - inside
+    return int64(low - 1) if fits else int64(-1)
+
+
+@kernel
 def push(work, slot):
     """Queue a request for io_uring. False when that does not do its kind, or has no room."""
     request = work.requests[slot]
@@ -50,16 +73,17 @@ def push(work, slot):
         return False
     writing = request.kind == BLK_T_OUT
     first = room_of(slot)
+    rows = request.whole_end - first
     return uring.push_rw(
         work.uring,
         writing,
         fd,
         uint64(work.segments.ctypes.data) + uint64(16) * uint64(first),
-        request.whole_end - first,
+        rows,
         request.whole_length,
         request.sector << uint64(SECTOR_SHIFT),
         _RWF_DSYNC if writing and request.write_through else int32(0),
-        int64(-1),
+        registered(work, first, rows),
         uint64(slot),
     )
 

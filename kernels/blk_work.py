@@ -22,6 +22,7 @@ class BlockWork(NamedTuple):
     copies: npt.NDArray[np.int64]  # [request.COPIES_MAX], slots of requests to be done by copying
     requests: npt.NDArray[np.void]  # request.REQUEST[REQUESTS_MAX]
     uring: Record  # uring_layout.URING; fd -1: none
+    buffers: npt.NDArray[np.uint64]  # [b, 2], address and bytes of the registered buffers, by address; may be none
     tokens: npt.NDArray[np.uint64]  # [n], room for what io_uring tells
     results: npt.NDArray[np.int64]  # [n]
     helpers: npt.NDArray[np.void]  # helper.HELPER[h], may be none

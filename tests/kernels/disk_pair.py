@@ -88,6 +88,7 @@ class DiskPair:
             copies=np.zeros(COPIES_MAX, np.int64),
             requests=others.requests,
             uring=others.urings[0],
+            buffers=np.zeros((0, 2), np.uint64),
             tokens=others.tokens,
             results=others.results,
             helpers=others.helpers.records,

@@ -68,6 +68,9 @@ class DeviceKernel(Protocol):
         Returns the files that are polled besides kicks, -1 for none. Raises: OSError, ValueError.
         """
 
+    def use_memory(self, memory: Table) -> None:
+        """The memory table is another one from here on."""
+
     def serve(
         self,
         loop: npt.NDArray[np.void],
@@ -207,6 +210,7 @@ class Worker(CommandExecutor):
         """Replace the memory table; rings that run go on at their new addresses."""
         self._drain()
         unused = self._memory.set_table(fields)
+        self._device.use_memory(self._memory.table)
         self._place_again()
         for mapping in unused:
             mapping.close()

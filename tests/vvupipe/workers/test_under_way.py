@@ -1,4 +1,4 @@
-"""Workers that are killed, stopped or given other memory while requests are under way, on a disk that takes its time."""
+"""Workers that are killed, stopped or given other memory while requests are under way, on a disk that is slow."""
 
 import asyncio
 import os

@@ -33,18 +33,21 @@ class EngineChoice:
     engine: Engine
     uring: bool
     sqpoll: bool = False
+    pin_memory: bool = False  #: the front-end's memory is registered with io_uring
     writable_map: bool = False  #: writes are copied into the mapping
     map_always: bool = False  #: what is mapped is never on a disk (DAX)
 
 
-def choose(wanted: Engine, image: Image, *, sqpoll: bool = False) -> EngineChoice:
+def choose(wanted: Engine, image: Image, *, sqpoll: bool = False, pin_memory: bool = False) -> EngineChoice:
     """What `wanted` comes to for the image on this machine.
 
     Raises: UserError when it is not possible.
     """
-    missing = io_uring.available() if wanted != Engine.SYNC else "--engine sync does without it"
-    if missing and (wanted == Engine.URING or sqpoll):
-        hint = "use --engine sync" if wanted == Engine.URING else "leave --sqpoll away"
+    if wanted == Engine.SYNC and (sqpoll or pin_memory):
+        raise UserError("--sqpoll and --pin-memory are for io_uring, which --engine sync does not use: leave them away")
+    missing = "not wanted" if wanted == Engine.SYNC else io_uring.available()
+    if missing and (wanted == Engine.URING or sqpoll or pin_memory):
+        hint = "use --engine sync" if wanted == Engine.URING else "leave --sqpoll and --pin-memory away"
         raise UserError(f"io_uring cannot be used: {missing}: {hint}")
     if wanted == Engine.MMAP and image.direct:
         raise UserError("--engine mmap goes through the page cache and --direct around it: leave one of them away")
@@ -54,12 +57,12 @@ def choose(wanted: Engine, image: Image, *, sqpoll: bool = False) -> EngineChoic
     if wanted == Engine.AUTO:
         wanted = Engine.MMAP if readable else Engine.SYNC if missing else Engine.URING
     if wanted != Engine.MMAP:
-        return EngineChoice(wanted, not missing, sqpoll)
+        return EngineChoice(wanted, not missing, sqpoll, pin_memory)
     dax = file_memory.is_dax(image.fd)
     # Elsewhere each page that was written back takes a fault when it is written again: pwritev costs less.
     in_memory = dax or file_memory.is_tmpfs(image.fd)
     writable = in_memory and not image.read_only and _maps(image, mmap.PROT_READ | mmap.PROT_WRITE)
-    return EngineChoice(wanted, not missing, sqpoll, writable, dax)
+    return EngineChoice(wanted, not missing, sqpoll, pin_memory, writable, dax)
 
 
 def _maps(image: Image, protection: int) -> bool:
@@ -82,5 +85,6 @@ def engine_fields(choice: EngineChoice, image: Image) -> dict[str, int]:
         "merge_bytes": _MERGE_BYTES,
         "uring": choice.uring,
         "sqpoll": choice.sqpoll,
+        "registers": choice.pin_memory,
         "helpers": _HELPERS_BESIDE_URING if choice.uring else _HELPERS,
     }

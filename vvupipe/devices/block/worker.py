@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import sys
@@ -15,6 +16,7 @@ from kernels import control_block as layout
 from kernels.blk_bounce import BOUNCE_BYTES
 from kernels.blk_disk import DISK
 from kernels.blk_work import BlockWork
+from kernels.regions import ADDRESS, SIZE
 from kernels.uring_layout import URING
 from kernels.virtio_layout import BLK_ID_BYTES, QUEUE_SIZE_MAX, SECTOR_BYTES
 from vvupipe.errors import WorkerError
@@ -23,6 +25,8 @@ from vvupipe.workers import commands, process
 from vvupipe.workers.helpers import Helpers
 from vvupipe.workers.io_uring import IoUring
 from vvupipe.workers.worker_memory import Table
+
+log = logging.getLogger(__name__)
 
 #: fields of DISK that the coordinator sets
 _FROM_COORDINATOR = (
@@ -62,6 +66,7 @@ class BlockKernel:
         self._uring: IoUring | None = None
         self._no_uring = np.zeros(1, URING)
         self._no_uring["fd"] = -1
+        self._buffers: Table = np.zeros((0, 2), np.uint64)
         self._helper_disks: list[npt.NDArray[np.void]] = []
         self._helper_bounces: list[mmap.mmap] = []
 
@@ -89,6 +94,7 @@ class BlockKernel:
         if fields["uring"]:
             self._uring = IoUring.open(request.REQUESTS_MAX, sqpoll=bool(fields["sqpoll"]))
             self._uring.register_file(int(disk["fd"]))
+        self._registers = bool(fields["registers"])
         self._helpers = Helpers(int(fields["helpers"]))
         self._board["free_helpers"] = len(self._helpers.records)
         self._start_helpers()
@@ -142,6 +148,7 @@ class BlockKernel:
             copies=self._copies,
             requests=self._requests,
             uring=(self._uring.record if self._uring else self._no_uring)[0],
+            buffers=self._buffers,
             tokens=self._tokens,
             results=self._results,
             helpers=self._helpers.records,
@@ -149,6 +156,17 @@ class BlockKernel:
             one=np.uint64(self._loop["one"]),
             notice_fd=np.int32(self._loop["notice_fd"]),
         )
+
+    def use_memory(self, memory: Table) -> None:
+        """Register it with io_uring, if that was asked for: else requests pin what they need, each by itself."""
+        if not self._registers or self._uring is None:
+            return
+        rows = sorted((int(row[ADDRESS]), int(row[SIZE])) for row in memory)
+        self._buffers = np.zeros((0, 2), np.uint64)
+        try:
+            self._buffers = self._uring.register_buffers(rows)
+        except OSError as error:
+            log.warning("the front-end's memory is not registered with io_uring: %s", error)
 
     def serve(
         self,
