@@ -7,7 +7,9 @@ import pytest
 
 from tests.conformance.carriers import CARRIERS
 from tests.mock import frontend as fe
-from tests.mock.blk_driver import IN, IOERR, OK, OUT, UNSUPP, started_disk
+from tests.mock.blk_batch import BlkBatch
+from tests.mock.blk_driver import GET_ID, IN, IOERR, OK, OUT, UNSUPP, started_disk
+from vvupipe.workers.io_uring import available
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -76,3 +78,51 @@ def test_not_sparse(serve, image):
         assert disk.request(IN, 0, size=4096)[1] == bytes(4096)
         disk.flush()
     assert image.stat().st_blocks >= before
+
+
+needs_io_uring = pytest.mark.skipif(available() is not None, reason=f"io_uring: {available()}")
+ENGINES = {
+    "mmap": ("--engine", "mmap"),
+    "mmap sqpoll": ("--engine", "mmap", "--sqpoll"),
+    "uring": ("--engine", "uring"),
+    "uring sqpoll": ("--engine", "uring", "--sqpoll"),
+    "uring direct": ("--engine", "uring", "--direct"),
+    "uring sqpoll direct": ("--engine", "uring", "--sqpoll", "--direct"),
+    "sync": ("--engine", "sync"),
+    "sync direct": ("--engine", "sync", "--direct"),
+}
+
+
+def of_engine(name):
+    return pytest.param(ENGINES[name], marks=needs_io_uring if "uring" in name or "sqpoll" in name else (), id=name)
+
+
+@pytest.mark.parametrize("options", [of_engine(name) for name in ENGINES])
+def test_every_kind_of_request_by_each_engine(serve, image, options):
+    content = bytearray(image.read_bytes())
+    with serve(*options) as backend, started_disk(backend.socket, size=128) as (_, disk):
+        batch = BlkBatch(disk.ring)
+        reads = [batch.put(IN, 64 * k, size=4096) for k in range(20)]
+        writes = [batch.put(OUT, 4096 + 8 * k, bytes([k + 1]) * 4096) for k in range(10)]
+        batch.show()
+        batch.wait()
+        assert {request.status for request in batch.done} == {OK}
+        for request in reads:
+            assert request.data == content[request.sector * 512 : request.sector * 512 + 4096]
+        for request in writes:
+            content[request.sector * 512 : request.sector * 512 + 4096] = request.data
+        disk.flush()
+        assert zeroes(disk, 2048, 16) == OK
+        content[2048 * 512 : 2064 * 512] = bytes(16 * 512)
+        assert zeroes(disk, 3072, 16, DISCARD) == OK
+        content[3072 * 512 : 3088 * 512] = bytes(16 * 512)
+        assert disk.request(GET_ID, size=20)[0] == OK
+        assert disk.request(99)[0] == UNSUPP
+        assert disk.request(IN, 1 << 40, size=4096)[0] == IOERR
+        disk.buffer += 5
+        disk.write(4000, b"u" * 8192)
+        content[4000 * 512 : 4000 * 512 + 8192] = b"u" * 8192
+        assert disk.read(4000, 8192) == b"u" * 8192
+        disk.flush()
+        assert disk.read(0, 1 << 19) == content[: 1 << 19]
+    assert image.read_bytes() == content

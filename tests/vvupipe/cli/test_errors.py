@@ -72,6 +72,16 @@ def test_queue_size(vvupipe, image, size):
     assert_refused(finished, "--queue-size", "power of two")
 
 
+def test_engine_that_does_not_go_with_direct_io(vvupipe, image):
+    finished = vvupipe("device", "block", "--file", image, "--socket", "s", "--engine", "mmap", "--direct")
+    assert_refused(finished, "--engine mmap", "--direct")
+
+
+def test_engine_that_does_not_go_with_sqpoll(vvupipe, image):
+    finished = vvupipe("device", "block", "--file", image, "--socket", "s", "--engine", "sync", "--sqpoll")
+    assert_refused(finished, "--sqpoll")
+
+
 @pytest.mark.parametrize("cpus", ["x", "0-", "4095"])
 def test_cpus(vvupipe, image, cpus):
     assert_refused(vvupipe("device", "block", "--file", image, "--socket", "s", "--cpus", cpus), "CPU")

@@ -36,6 +36,16 @@ def packed(request):
     return request.param == "packed"
 
 
+def play(slow, story, **options):
+    async def released(scene):
+        try:
+            await story(scene)
+        finally:
+            slow.release()  # a process does not end while it waits for FUSE
+
+    in_scene(slow.path, released, **options)
+
+
 async def start(scene, packed, size=256):
     """A BlkBatch on a ring that the pool serves."""
     await scene.give_memory()
@@ -70,14 +80,14 @@ def test_killed_with_many_requests_under_way(slow, packed, engine):
 
     async def story(scene):
         batch = await start(scene, packed)
-        slow.hold = lambda operation, offset: offset >= PAGES // 2 * PAGE and operation in (READ, WRITE)
+        kinds = (READ,) if engine == "sync" else (READ, WRITE)  # sync writes whole pages into the page cache itself
+        slow.hold = lambda operation, offset: offset >= PAGES // 2 * PAGE and operation in kinds
         quick = put_reads(batch, range(0, 40, 2))
         late = put_reads(batch, range(PAGES - 60, PAGES, 2))
         writes = [batch.put(OUT, page * 8, bytes([page]) * PAGE) for page in (150, 152, 154)]
         batch.show()
         await asyncio.to_thread(slow.wait_held, 3)
-        await until(lambda: batch.look() is not None and len(batch.done) == len(quick))
-        assert set(map(id, batch.done)) == set(map(id, quick))
+        await until(lambda: batch.look() is not None and all(request.status == OK for request in quick))
         (pid,) = scene.pool.pids()
         os.kill(pid, signal.SIGKILL)
         await asyncio.sleep(0.1)
@@ -86,6 +96,7 @@ def test_killed_with_many_requests_under_way(slow, packed, engine):
         assert scene.pool.pids() != [pid]
         check_reads(quick + late, content)
         assert {request.status for request in writes} == {OK}
+        os.fdatasync(scene.image.fd)
         for page in (150, 152, 154):
             assert slow.data[page * PAGE : (page + 1) * PAGE] == bytes([page]) * PAGE
         await asyncio.sleep(0.05)
@@ -93,7 +104,7 @@ def test_killed_with_many_requests_under_way(slow, packed, engine):
         position = await scene.pool.stop_vring(0)
         assert position == (batch.ring.position() if packed else len(quick + late + writes))
 
-    in_scene(slow.path, story, engine=engine)
+    play(slow, story, engine=engine)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -118,7 +129,7 @@ def test_killed_again_and_again(slow, packed, engine):
         assert len(batch.done) == 150
         assert not batch.look()
 
-    in_scene(slow.path, story, engine=engine)
+    play(slow, story, engine=engine)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -144,7 +155,7 @@ def test_stop_waits_for_what_is_under_way(slow, packed, engine):
         assert len(taken) == len(requests)
         assert position == (batch.ring.position() if packed else len(requests))
 
-    in_scene(slow.path, story, engine=engine)
+    play(slow, story, engine=engine)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -173,12 +184,14 @@ def test_other_memory_while_requests_are_under_way(slow, packed, engine):
         await wait(batch)
         check_reads(requests, content)
 
-    in_scene(slow.path, story, engine=engine)
+    play(slow, story, engine=engine)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("operation", [FSYNC, WRITE])
 def test_slow_requests_hold_up_no_reads(slow, packed, engine, operation):
+    if engine == "sync" and operation == WRITE:
+        pytest.skip("it writes whole pages into the page cache itself, which does not wait but for FUSE")
     content = bytes(slow.data)
 
     async def story(scene):
@@ -197,7 +210,7 @@ def test_slow_requests_hold_up_no_reads(slow, packed, engine, operation):
         await wait(batch)
         assert first.status == OK
 
-    in_scene(slow.path, story, engine=engine)
+    play(slow, story, engine=engine)
 
 
 def test_a_worker_sleeps_while_it_waits_for_the_disk(slow):
@@ -218,4 +231,4 @@ def test_a_worker_sleeps_while_it_waits_for_the_disk(slow):
         slow.release()
         await wait(batch)
 
-    in_scene(slow.path, story)
+    play(slow, story)
