@@ -1,8 +1,8 @@
 """The control block: what coordinator and workers share about each worker and vring. Plain dtypes, no numba.
 
-One block serves one back-end: `workers` records, then `vrings` records, then, when stages are counted, a STAGE_RECORD for
-each worker; all 128-byte aligned so that two writers never share a cache line. At its very end is one SHAPE. Every field
-has one writer: the coordinator ("C") or the worker that serves the vring ("W").
+One block serves one back-end: `workers` records, then `vrings` records, then, when stages are counted, a STAGE_RECORD
+for each worker; all 128-byte aligned so that two writers never share a cache line. At its very end is one SHAPE. Every
+field has one writer: the coordinator ("C") or the worker that serves the vring ("W").
 """
 
 import numpy as np

@@ -35,8 +35,8 @@ class VringCounters:
 class ControlBlock:
     """Record arrays on the shared memory behind `fd` (layout: kernels/control_block.py).
 
-    `workers`, `vrings`, and `stages` of the workers, which is empty when they do not count stages. Raises: UserError when
-    there is no room for a new block.
+    They are `workers`, `vrings`, and `stages` of the workers, which is empty when those do not count stages.
+    Raises: UserError when there is no room for a new block.
     """
 
     def __init__(self, num_workers: int, num_vrings: int, fd: int | None = None, *, stages: bool = STAGES_ON) -> None:

@@ -35,9 +35,8 @@ def _kernel_sources() -> list[Path]:
 @cache
 def digest() -> str:
     """12 hex digits that change whenever compiled kernels may."""
-    state = hashlib.sha256(
-        f"{sys.version} numba {importlib.metadata.version('numba')} {CPU_NAME} {CPU_FEATURES} stages {STAGES_ON}".encode()
-    )
+    numba = importlib.metadata.version("numba")
+    state = hashlib.sha256(f"{sys.version} numba {numba} {CPU_NAME} {CPU_FEATURES} stages {STAGES_ON}".encode())
     for path in _kernel_sources():
         state.update(path.name.encode() + path.read_bytes())
     return state.hexdigest()[:12]
