@@ -7,6 +7,7 @@ import numpy as np
 from numba import int32, int64, uint64
 
 from kernels import helper, uring
+from kernels import stage_layout as stage
 from kernels.blk_answer import answer
 from kernels.image_map import copy_through_map, fetch
 from kernels.jit import inlined, kernel
@@ -20,6 +21,7 @@ from kernels.request import (
     take_slot,
     wait_for_helper,
 )
+from kernels.stages import lap
 from kernels.status import OK
 from kernels.virtio_layout import BLK_T_FLUSH, BLK_T_IN, BLK_T_OUT, SECTOR_SHIFT
 
@@ -104,6 +106,7 @@ def hand_on_open(work):
     if slot != NOBODY:
         work.board.open = NOBODY
         hand_on(work, slot)
+        lap(work.board, stage.HAND_ON)
 
 
 @kernel
@@ -200,6 +203,7 @@ def copy_now(work):
         for k in range(count):
             request = work.requests[work.copies[k]]
             fetch(work.disk, request.sector << uint64(SECTOR_SHIFT), request.length)
+        lap(work.board, stage.FETCH)
     for k in range(count):
         slot = work.copies[k]
         request = work.requests[slot]
@@ -208,12 +212,14 @@ def copy_now(work):
         request.status = copy_through_map(
             work.disk, work.segments, room_of(slot), request.end, offset, request.length, writing
         )
+    lap(work.board, stage.COPY)
     for k in range(count):
         slot = work.copies[k]
         if work.requests[slot].status == OK:
             end_one(work, slot, int64(OK))
         else:
             do_later(work, work.rings[work.requests[slot].ring], slot)
+    lap(work.board, stage.ANSWER)
 
 
 @kernel
@@ -249,6 +255,8 @@ def collect_uring(work):
     """End what io_uring has done. Returns how many requests ended."""
     ended = 0
     count = uring.reap(work.uring, work.tokens, work.results)
+    if count:
+        lap(work.board, stage.COLLECT)
     for k in range(count):
         slot = int64(work.tokens[k])
         request = work.requests[slot]
@@ -269,6 +277,7 @@ def collect_helpers(work):
             continue
         slot = helper.take_back(work.helpers, index)
         work.board.free_helpers += 1
+        lap(work.board, stage.COLLECT)
         status = work.requests[slot].status
         if status != OK and work.requests[slot].merged != NOBODY:
             do_again(work, slot)
@@ -283,7 +292,8 @@ def collect(work):
     """End whatever is done by now. Returns how many requests ended; their rings are not published yet."""
     ended = 0
     if work.uring.fd >= 0:
-        uring.submit(work.uring, 0)
+        if uring.submit(work.uring, 0) > 0:
+            lap(work.board, stage.HAND_ON)
         ended += collect_uring(work)
     if work.board.free_helpers < work.helpers.shape[0]:
         ended += collect_helpers(work)

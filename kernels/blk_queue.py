@@ -7,6 +7,7 @@ import numpy as np
 from numba import int64, uint64
 
 from kernels import control_block as cb
+from kernels import stage_layout as stage
 from kernels.blk_answer import answer
 from kernels.blk_disk import WRITE_HERE_ALONE, WRITE_HERE_ALWAYS
 from kernels.blk_helper import perform
@@ -19,6 +20,7 @@ from kernels.image_map import can_copy
 from kernels.jit import inlined, kernel
 from kernels.memory import PAGE_BYTES, ring_eventfd
 from kernels.request import COPIES_MAX, SEGMENTS_EACH, copy_rows, has_room
+from kernels.stages import lap
 from kernels.status import COPY, ERR_BAD_ADDRESS, ERR_BAD_REQUEST, ERR_NO_STATUS, ERR_UNSUPPORTED, LATER, MISS, OK
 from kernels.virtio_layout import (
     BLK_T_DISCARD,
@@ -117,6 +119,7 @@ def serve_next(work, ring, alone):
     taken = take(ring, head, work.copied)
     if taken != OK:
         return np.int64(taken)
+    lap(work.board, stage.PARSE)
     first, end = (write_first, write_end) if kind == BLK_T_IN else (read_first, read_end)
     length = _ZERO
     if not clean:
@@ -131,14 +134,18 @@ def serve_next(work, ring, alone):
         short = end - first <= SEGMENTS_EACH and logged_end - logged <= SEGMENTS_EACH
         if short and (status == COPY or not nobody_else(work)):
             slot = keep(work, ring, head, kind, sector, length, first, end, status_address, logged, logged_end)
+            lap(work.board, stage.KEEP)
             if status == COPY:
                 work.copies[work.board.copies] = slot
                 work.board.copies += 1
             else:
                 do_later(work, ring, slot)
+                lap(work.board, stage.HAND_ON)
             return np.int64(OK)
         status = perform(work.disk, segments, work.scratch, kind, sector, first, end, ring.write_through)
+    lap(work.board, stage.DO)
     answer(work, ring, head, kind, length, status_address, logged, logged_end, status)
+    lap(work.board, stage.ANSWER)
     return np.int64(OK)
 
 
@@ -153,7 +160,9 @@ def wait_for_translation(work, ring):
 def show(work, ring):
     """Show the driver what was given back, and call it if it wants that."""
     publish(ring, work.one)
+    lap(work.board, stage.PUBLISH)
     call_if_wanted(ring, work.one)
+    lap(work.board, stage.CALL)
 
 
 @kernel
@@ -168,6 +177,7 @@ def serve_ring(work, ring):
     if available > 0:
         ring.turns += _ONE
         ring.waiting_sum += uint64(available)
+        lap(work.board, stage.FIND)
     while error == OK and available > 0 and done < TURN:
         if not has_room(work.board, ring):
             if work.board.copies:
@@ -177,6 +187,7 @@ def serve_ring(work, ring):
             break
         if done % AHEAD == 0 and available > 1 and not ring.packed and ring.resubmit_next == ring.resubmit_count:
             look_ahead(ring, work.regions, work.copied, min(available, AHEAD))
+            lap(work.board, stage.AHEAD)
         error = serve_next(work, ring, available == 1 and work.board.under_way == 0)
         if error != OK:
             break
@@ -209,6 +220,7 @@ def end_some(work):
     """End what was under way and is done by now, and show it. Returns how many requests ended."""
     ended = collect(work)
     if ended:
+        lap(work.board, stage.ANSWER)
         for k in range(work.rings.shape[0]):
             if work.rings[k].unpublished:
                 show(work, work.rings[k])

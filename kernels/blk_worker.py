@@ -7,10 +7,12 @@ import numpy as np
 from numba import int32, int64, uint64
 
 from kernels import control_block as cb
+from kernels import stage_layout as stage
 from kernels import uring
 from kernels.blk_queue import end_some, serve_ring
 from kernels.jit import kernel
 from kernels.memory import drain_eventfd, libc_poll, load_u64
+from kernels.stages import lap
 from kernels.status import ERR_MEMORY_GONE
 from kernels.vring import break_ring
 from kernels.worker_loop import begin, command_waiting, forget_idling, look_at_all, sleep, spin
@@ -80,6 +82,7 @@ def serve(loop, pollfds, work):
     loop: worker_loop.LOOP. pollfds: POLLFD[n + 1 + OWN_POLLFDS], entry 0 and the last ones set. work: BlockWork.
     """
     begin(loop, work.rings, work.running)
+    lap(work.board, stage.COMMANDS)
     while not command_waiting(loop):
         done = serve_some(loop, work) if loop.running else int64(0)
         if work.board.under_way:
@@ -88,10 +91,14 @@ def serve(loop, pollfds, work):
         if done:
             forget_idling(loop)
         elif spin(loop):
+            lap(work.board, stage.SPIN)
             commanded = sleep(loop, work.rings, pollfds, want_wakes(work))
             hear(work, pollfds)
+            lap(work.board, stage.SLEEP)
             if commanded:
                 return
+        else:
+            lap(work.board, stage.SPIN)
 
 
 @kernel

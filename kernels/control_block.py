@@ -1,11 +1,13 @@
 """The control block: what coordinator and workers share about each worker and vring. Plain dtypes, no numba.
 
-One block serves one back-end: `workers` records, then `vrings` records, each 128-byte aligned so that two writers never
-share a cache line; at its very end one SHAPE. Every field has one writer: the coordinator ("C") or the worker that
-serves the vring ("W").
+One block serves one back-end: `workers` records, then `vrings` records, then, when stages are counted, a STAGE_RECORD
+for each worker; all 128-byte aligned so that two writers never share a cache line. At its very end is one SHAPE. Every
+field has one writer: the coordinator ("C") or the worker that serves the vring ("W").
 """
 
 import numpy as np
+
+from kernels.stage_layout import STAGE_RECORD
 
 WORKER = np.dtype(
     [
@@ -50,12 +52,20 @@ assert VRING.itemsize == 128
 
 SHAPE_MAGIC = 0x6B6C62_6C727463  # "ctrlblk" in memory
 #: The last bytes of a block: who finds one, as perf/live_view.py does, learns what is in it.
-SHAPE = np.dtype([("magic", "<u8"), ("num_workers", "<u4"), ("num_vrings", "<u4")])  # C
+SHAPE = np.dtype(
+    [
+        ("magic", "<u8"),  # C, as all of it
+        ("num_workers", "<u4"),
+        ("num_vrings", "<u4"),
+        ("num_stage_records", "<u4"),  # as many as workers, or none
+        ("_pad", "V4"),
+    ]
+)
 
 
-def block_bytes(num_workers: int, num_vrings: int) -> int:
+def block_bytes(num_workers: int, num_vrings: int, num_stage_records: int) -> int:
     """Size of a block, a whole number of pages."""
-    records = num_workers * WORKER.itemsize + num_vrings * VRING.itemsize
+    records = num_workers * WORKER.itemsize + num_vrings * VRING.itemsize + num_stage_records * STAGE_RECORD.itemsize
     return -(-(records + SHAPE.itemsize) // 4096) * 4096
 
 

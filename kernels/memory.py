@@ -102,6 +102,20 @@ def spin_hint(typing_context):
     return types.void(), generate
 
 
+@intrinsic
+def cycle_counter(typing_context):
+    """A counter that goes up by time: x86's time-stamp counter (rdtsc), on aarch64 the virtual timer (CNTVCT_EL0).
+
+    Both run at a rate of their own, whatever the CPU's clock is; instructions before and after it may pass it.
+    """
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.IntType(64), ())
+        return builder.call(builder.module.declare_intrinsic("llvm.readcyclecounter", (), kind), ())
+
+    return types.uint64(), generate
+
+
 def _prefetch(write):
     @intrinsic
     def fetch(typing_context, address):

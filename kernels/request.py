@@ -59,6 +59,7 @@ BOARD = np.dtype(
         ("free_helpers", "<i8"),
         ("merges", "<u8"),  # requests that went along with another
         ("redone", "<u8"),  # requests that io_uring did not do, or not wholly, and a helper did again
+        ("stages", "<u8"),  # address of the worker's stage_layout.STAGE_RECORD; 0 when stages are not counted
     ],
     align=True,
 )

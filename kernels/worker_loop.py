@@ -39,6 +39,7 @@ LOOP = np.dtype(
         ("hot", "<i8"),  # the one of them that had work last
         ("since_all", "<i8"),  # looks and requests since all of them were looked at
         ("bus_errors_seen", "<u8"),
+        ("stages", "<u8"),  # address of the worker's stage_layout.STAGE_RECORD; 0 when stages are not counted
         ("attention_seen", "<u4"),
         ("_pad", "<u4"),
     ]
@@ -51,7 +52,7 @@ _ONE = np.uint64(1)
 
 _SPIN_MIN_NS = 2_000  # about one wake-up spared
 _POLITE_AFTER_NS = 3_000  # from then on let others have the CPU between two looks
-_LOOK_AT_ALL = 8  # looks at one ring, and requests of it, before it is the others' turn
+_LOOK_AT_ALL = 8  # looks at one ring, and requests of it, before it is the others' turn; with more rings, that many
 _LOOK_AT_CLOCK = 16  # spins between two looks at the clock
 _UNKICKED_MS = int32(1)  # longest sleep when a ring has no kick fd and must be polled
 
@@ -112,7 +113,7 @@ def begin(loop, rings, running):
     store_u32(loop.record + _HEARTBEAT, load_u32(loop.record + _HEARTBEAT) + np.uint32(1))
     loop.running = 0
     loop.hot = 0
-    loop.since_all = _LOOK_AT_ALL
+    loop.since_all = rings.shape[0] + _LOOK_AT_ALL
     for k in range(rings.shape[0]):
         if rings[k].state == cb.VRING_RUNNING:
             running[loop.running] = k
@@ -124,9 +125,13 @@ def begin(loop, rings, running):
 
 @kernel
 def look_at_all(loop):
-    """Whether it is time to look at every ring, or only at the one that had work last."""
-    loop.since_all += 1
-    if loop.since_all < _LOOK_AT_ALL:
+    """Whether it is time to look at every ring, or only at the one that had work last.
+
+    A look at all rings takes as long as that many looks at one, so it is done no more often than each so many: then a
+    request pays for one look more, however many rings there are. A polite look takes longer, and counts for more.
+    """
+    loop.since_all += _LOOK_AT_ALL if loop.polite else 1
+    if loop.since_all < max(_LOOK_AT_ALL, loop.running):
         return False
     loop.since_all = 0
     return True

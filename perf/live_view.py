@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What the vrings of running back-ends do, second by second, from the counters in their shared memory.
 
-Without a process id it shows every back-end that this user may look at. Looking costs the back-end nothing. Requests
-for a call (or kick) are the batches that the two sides hand each other when they sleep; while both spin there are none.
+Without a process id it shows every back-end that this user may look at. Looking costs the back-end nothing.
+docs/profiling.md says how to read it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,30 @@ _STATES = {
     layout.VRING_BROKEN: "BROKEN",
 }
 _BLOCK = re.compile(r"^/dev/shm/vvupipe-\d+-[0-9a-f]+ \(deleted\)$")
-_COUNTERS = ("requests", "errors", "read_bytes", "written_bytes", "flushes", "kicks", "calls")
-#: Counters that a later layout may have: what was waiting, and how often the worker looked and found something.
-_TURNS, _WAITING = "turns", "waiting_sum"
+_COUNTERS = ("requests", "errors", "read_bytes", "written_bytes", "flushes", "kicks", "calls", "turns", "waiting_sum")
+#: What is told as it is, not as a rate.
+_AS_IS = ("state", "under_way")
+
+
+#: Quotients of counters: what waited when the worker looked, what it then did at one go, who had to be woken.
+_RATIOS = (
+    ("depth", "waiting_sum", "turns"),
+    ("batch", "requests", "turns"),
+    ("kicks_per_request", "kicks", "requests"),
+    ("calls_per_request", "calls", "requests"),
+)
+#: Columns of the view: heading, key, unit.
+_COLUMNS = (
+    ("IOPS", "requests_per_s", 1),
+    ("read MB/s", "read_bytes_per_s", 1e6),
+    ("write MB/s", "written_bytes_per_s", 1e6),
+    ("depth", "depth", 1),
+    ("batch", "batch", 1),
+    ("under way", "under_way", 1),
+    ("kicks/req", "kicks_per_request", 1),
+    ("calls/req", "calls_per_request", 1),
+    ("errors/s", "errors_per_s", 1),
+)
 
 
 @dataclass
@@ -64,9 +85,8 @@ class Watched:
 
     def read(self) -> dict[str, Any]:
         """The counters as they are now."""
-        names = [*_COUNTERS, *(name for name in (_TURNS, _WAITING) if name in (layout.VRING.names or ()))]
         vrings = {
-            index: {"state": int(record["state"]), **{name: int(record[name]) for name in names}}
+            index: {name: int(record[name]) for name in (*_AS_IS, *_COUNTERS)}
             for index, record in enumerate(self.block.vrings)
             if record["state"] != layout.VRING_STOPPED or record["requests"]
         }
@@ -88,45 +108,40 @@ class Watched:
         for index, vring in now["vrings"].items():
             old = before["vrings"].get(index, dict.fromkeys(vring, 0))
             rows.append({"vring": index, **rates(old, vring, span)})
+        workers = [
+            {"worker": index, "sleeps_per_s": (new - old) / span}
+            for index, (old, new) in enumerate(zip(before["sleeps"], now["sleeps"], strict=True))
+        ]
         return {
             "pid": self.pid,
             "cpu_percent": 100 * (now["cpu_s"] - before["cpu_s"]) / span,
-            "sleeps_per_s": sum(b - a for a, b in zip(before["sleeps"], now["sleeps"], strict=True)) / span,
+            "sleeps_per_s": sum(worker["sleeps_per_s"] for worker in workers),
+            "workers": workers,
             "vrings": rows,
         }
 
 
 def rates(old: dict[str, int], new: dict[str, int], span: float) -> dict[str, Any]:
-    """What a vring did in `span` seconds. None: cannot be said (nobody was called, say)."""
-    step = {name: new[name] - old[name] for name in new if name != "state"}
-    found: dict[str, Any] = {"state": _STATES.get(new["state"], str(new["state"]))}
-    found |= {f"{name}_per_s": step[name] / span for name in _COUNTERS}
-    found["requests_per_call"] = step["requests"] / step["calls"] if step["calls"] else None
-    found["requests_per_kick"] = step["requests"] / step["kicks"] if step["kicks"] else None
-    if step.get(_TURNS):
-        found["batch"] = step["requests"] / step[_TURNS]
-        found["depth"] = step[_WAITING] / step[_TURNS]
+    """What a vring did in `span` seconds. None: cannot be said (there was no request)."""
+    step = {name: new[name] - old[name] for name in _COUNTERS}
+    found: dict[str, Any] = {"state": _STATES.get(new["state"], str(new["state"])), "under_way": new["under_way"]}
+    found |= {f"{name}_per_s": step[name] / span for name in _COUNTERS if name != "waiting_sum"}
+    for key, upper, lower in _RATIOS:
+        found[key] = step[upper] / step[lower] if step[lower] else None
     return found
 
 
 def text(view: dict[str, Any]) -> str:
     """A view for people."""
-    head = ["vring", "state", "IOPS", "read B/s", "write B/s", "calls/s", "kicks/s", "req/call", "req/kick", "errors/s"]
-    extra = ["batch", "depth"] if any("batch" in row for row in view["vrings"]) else []
     rows = []
     for row in view["vrings"]:
-        numbers = [
-            *(row[f"{name}_per_s"] for name in ("requests", "read_bytes", "written_bytes", "calls", "kicks")),
-            *(
-                row["requests_per_call"],
-                row["requests_per_kick"],
-                row["errors_per_s"],
-                *(row.get(key) for key in extra),
-            ),
-        ]
-        rows.append([str(row["vring"]), row["state"], *(count(number) for number in numbers)])
-    first = f"back-end {view['pid']}: {view['cpu_percent']:.0f} % CPU, {count(view['sleeps_per_s'])} sleeps/s"
-    return "\n".join([first, table([*head, *extra], rows) if rows else "  no vring was started yet"])
+        numbers = ((row[key], unit) for _, key, unit in _COLUMNS)
+        cells = (count(None if number is None else number / unit) for number, unit in numbers)
+        rows.append([str(row["vring"]), row["state"], *cells])
+    sleeps = ", ".join(f"{count(each['sleeps_per_s'])} of worker {each['worker']}" for each in view["workers"])
+    first = f"back-end {view['pid']}: {view['cpu_percent']:.0f} % CPU, sleeps/s: {sleeps}"
+    head = ["vring", "state", *(heading for heading, _, _ in _COLUMNS)]
+    return "\n".join([first, table(head, rows) if rows else "  no vring was started yet"])
 
 
 def back_ends(pid: int | None) -> Iterator[Watched]:

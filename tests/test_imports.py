@@ -35,8 +35,8 @@ def modules(folder):
 
 @pytest.mark.parametrize("path", modules("kernels"), ids=lambda path: path.name)
 def test_kernels_import_numba_numpy_and_kernels_only(path):
-    # mmap and platform tell memory.py of the machine: the size of a page, the kind of CPU.
-    allowed = {"numba", "numpy", "llvmlite", "kernels", "mmap", "platform", "collections", "typing"}
+    # mmap, os and platform tell of the machine and the environment: size of a page, kind of CPU, VVUPIPE_STAGES.
+    allowed = {"numba", "numpy", "llvmlite", "kernels", "mmap", "os", "platform", "collections", "typing"}
     assert {name.split(".")[0] for name in imports_of(path)} <= allowed
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from perf import flame_graph, flame_svg, jit_symbols, live_view
+from kernels.stage_layout import SLEEP, STAGES, STAGES_ENV
+from perf import flame_graph, flame_svg, jit_symbols, live_view, stages
 from perf.backends import Backend
 from perf.plain import count
 from tests.mock.blk_driver import started_disk
@@ -31,12 +32,29 @@ SCRIPT = """
 """
 
 
-@pytest.fixture
-def back_end(tmp_path):
+def started(tmp_path):
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
-    with Backend("vvupipe", "socket", None).start(tmp_path / "back-end", image, 0) as running:
+    return Backend("vvupipe", "socket", None).start(tmp_path / "back-end", image, 0)
+
+
+@pytest.fixture
+def back_end(tmp_path):
+    with started(tmp_path) as running:
         yield running
+
+
+@pytest.fixture
+def counting_back_end(tmp_path, monkeypatch):
+    monkeypatch.setenv(STAGES_ENV, "1")
+    with started(tmp_path) as running:
+        yield running
+
+
+def run(*command):
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_stacks_are_collapsed():
@@ -72,7 +90,7 @@ def test_numbers_are_short():
 def test_kernels_of_a_running_worker_are_found(back_end):
     worker = flame_graph.worker_of(back_end.pids[0])
     names = {symbol.name for symbol in jit_symbols.symbols_of(worker)}
-    assert {"kernels.blk_worker.serve", "kernels.blk_queue.serve_next"} <= names
+    assert {"kernels.blk_worker.serve", "kernels.blk_queue.serve_ring"} <= names
 
 
 def test_a_process_without_kernels_says_so():
@@ -100,42 +118,108 @@ def test_counters_of_a_running_back_end_are_seen(back_end):
 
 
 def test_live_view_prints_json(back_end):
-    command = [
-        sys.executable,
-        "perf/live_view.py",
-        str(back_end.pids[0]),
-        "--json",
-        "--count",
-        "1",
-        "--interval",
-        "0.1",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = run("perf/live_view.py", back_end.pids[0], "--json", "--count", 1, "--interval", 0.1)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["pid"] == back_end.pids[0]
 
 
 def test_who_is_no_back_end_is_told():
-    command = [sys.executable, "perf/live_view.py", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert "no back-end" in done.stderr
+    for script in ("live_view", "stages"):
+        done = run(f"perf/{script}.py", 1)
+        assert done.returncode == 2
+        assert "no back-end" in done.stderr
 
 
-def test_batches_are_shown_once_they_are_counted():
-    counters = dict.fromkeys(("requests", "errors", "read_bytes", "written_bytes", "flushes", "kicks", "calls"), 0)
-    old = {"state": 1, **counters, "turns": 0, "waiting_sum": 0}
-    new = {**old, "requests": 80, "turns": 10, "waiting_sum": 160}
+COUNTERS = ("requests", "errors", "read_bytes", "written_bytes", "flushes", "kicks", "calls", "turns", "waiting_sum")
+
+
+def test_queue_depth_and_batches_are_shown():
+    old = {"state": 1, "under_way": 9, **dict.fromkeys(COUNTERS, 100)}
+    new = {**old, "under_way": 3, "requests": 180, "turns": 110, "waiting_sum": 260, "kicks": 104, "calls": 120}
     found = live_view.rates(old, new, 2.0)
-    assert (found["requests_per_s"], found["batch"], found["depth"]) == (40, 8, 16)
-    assert found["requests_per_call"] is None
+    assert (found["requests_per_s"], found["batch"], found["depth"], found["under_way"]) == (40, 8, 16, 3)
+    assert (found["kicks_per_request"], found["calls_per_request"]) == (0.05, 0.25)
+    idle = live_view.rates(old, old, 2.0)
+    assert [idle[key] for key in ("batch", "depth", "kicks_per_request", "calls_per_request")] == [None] * 4
+    view = {"pid": 1, "cpu_percent": 50.0, "workers": [{"worker": 0, "sleeps_per_s": 7.5}]}
+    head, names, row = live_view.text({**view, "vrings": [{"vring": 2, **found}]}).splitlines()
+    assert "7.5 of worker 0" in head
+    assert names.split()[-7:] == ["depth", "batch", "under", "way", "kicks/req", "calls/req", "errors/s"]
+    assert row.split() == ["2", "running", "40", "0", "0", "16", "8", "3", "0.05", "0.25", "0"]
 
 
-def test_a_control_block_tells_its_shape():
-    made = ControlBlock(3, 5)
+def test_depth_is_what_waits_when_the_worker_looks(back_end):
+    watched = live_view.Watched.of(back_end.pids[0])
+    with started_disk(back_end.socket) as (_, driver):
+        driver.read(0, 512)
+        watched.step()
+        for sector in range(5):
+            driver.read(sector, 512)
+        time.sleep(0.1)
+        (row,) = watched.step()["vrings"]
+    assert (row["depth"], row["batch"], row["under_way"]) == (1, 1, 0)
+
+
+def test_stages_of_a_running_worker_are_counted(counting_back_end):
+    watched = live_view.Watched.of(counting_back_end.pids[0])
+    with started_disk(counting_back_end.socket) as (_, driver):
+        # Records stand still while the worker sleeps.
+        driver.read(0, 512)
+        time.sleep(0.1)
+        (before,), last = stages.read(watched), int(watched.block.stages["last"][0])
+        for sector in range(50):
+            driver.read(sector, 512)
+        time.sleep(0.1)
+        (after,), passed = stages.read(watched), int(watched.block.stages["last"][0]) - last
+    assert sum(after["cycles"]) - sum(before["cycles"]) == passed, "no cycle is without a stage"
+    assert passed / after["hertz"] == pytest.approx((after["time_ns"] - before["time_ns"]) / 1e9, rel=0.5)
+    found = stages.difference(before, after)
+    assert found["requests"] == 50
+    assert found["stages"]["copy"]["laps"] + found["stages"]["do"]["laps"] == 50
+    assert sum(stage["share"] for name, stage in found["stages"].items() if name != "sleep") == pytest.approx(1)
+    rows = stages.text(0, found).splitlines()
+    assert [row.split()[0] for row in rows[1:3]] == ["stage", "find"]
+    assert rows[-1].split()[0] == "awake"
+
+
+def test_stages_are_printed(counting_back_end):
+    done = run("perf/stages.py", counting_back_end.pids[0], "--interval", 0.2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("worker 0: 0 requests/s, asleep for ")
+    done = run("perf/stages.py", counting_back_end.pids[0], "--interval", 0.2, "--json")
+    found = json.loads(done.stdout)
+    assert found["pid"] == counting_back_end.pids[0]
+    assert list(found["workers"][0]["stages"]) == list(STAGES)
+
+
+def test_a_back_end_that_counts_no_stages_says_so(back_end):
+    done = run("perf/stages.py", back_end.pids[0])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "VVUPIPE_STAGES=1" in done.stderr
+
+
+def test_a_worker_that_slept_all_the_time_slept_all_the_time():
+    old = {"time_ns": 0, "hertz": 10**9, "cycles": [5] * len(STAGES), "laps": [1] * len(STAGES)}
+    found = stages.difference(old, {**old, "time_ns": 2 * 10**9})
+    assert found["stages"]["sleep"]["share"] == 1
+    assert found["stages"]["copy"]["cycles_per_request"] is None
+    # It woke up from a sleep that began long before the interval, and worked for half of that.
+    cycles = [*([5] * SLEEP), 10**12]
+    cycles[0] += 10**9
+    found = stages.difference(old, {**old, "time_ns": 2 * 10**9, "cycles": cycles})
+    assert found["stages"]["sleep"]["share"] == 0.5
+
+
+@pytest.mark.parametrize("counting", [False, True])
+def test_a_control_block_tells_its_shape(counting):
+    made = ControlBlock(3, 5, stages=counting)
     made.vrings["requests"][4] = 7
+    made.stages["last"][2:] = 8
     found = ControlBlock.attach(made.fd)
     assert (len(found.workers), len(found.vrings), int(found.vrings["requests"][4])) == (3, 5, 7)
+    assert found.stages["last"].tolist() == ([0, 0, 8] if counting else [])
+    assert (found.stages_address(2) != 0) is counting
 
 
 def test_other_memory_is_no_control_block(tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from kernels import control_block as layout
+from kernels.stage_layout import STAGE_RECORD, STAGES_ON
 from vvupipe.memory.mapping import Mapping
 from vvupipe.memory.shared import create_unnamed
 
@@ -23,6 +24,8 @@ class VringCounters:
     flushes: int
     kicks: int
     calls: int
+    turns: int  #: times that a worker found requests: requests / turns is the batch
+    waiting_sum: int  #: requests that it found then: waiting_sum / turns is the depth; of a packed ring no more than 1
 
     def as_dict(self) -> dict[str, int]:
         """The counters by name."""
@@ -30,23 +33,27 @@ class VringCounters:
 
 
 class ControlBlock:
-    """`workers` and `vrings` are record arrays on the shared memory behind `fd` (layout: kernels/control_block.py).
+    """Record arrays on the shared memory behind `fd` (layout: kernels/control_block.py).
 
+    They are `workers`, `vrings`, and `stages` of the workers, which is empty when those do not count stages.
     Raises: UserError when there is no room for a new block.
     """
 
-    def __init__(self, num_workers: int, num_vrings: int, fd: int | None = None) -> None:
-        size_bytes = layout.block_bytes(num_workers, num_vrings)
+    def __init__(self, num_workers: int, num_vrings: int, fd: int | None = None, *, stages: bool = STAGES_ON) -> None:
+        num_stages = num_workers if stages else 0
+        size_bytes = layout.block_bytes(num_workers, num_vrings, num_stages)
         self.fd = create_unnamed(size_bytes) if fd is None else fd
         self._mapping = Mapping(self.fd, size_bytes)
         split = num_workers * layout.WORKER.itemsize
         if fd is None:
-            shape = np.array([(layout.SHAPE_MAGIC, num_workers, num_vrings)], layout.SHAPE)
+            shape = np.array([(layout.SHAPE_MAGIC, num_workers, num_vrings, num_stages, b"")], layout.SHAPE)
             self._mapping.view[-layout.SHAPE.itemsize :] = shape.tobytes()
         self.workers = np.frombuffer(self._mapping.view, layout.WORKER, num_workers)
         self.vrings = np.frombuffer(self._mapping.view, layout.VRING, num_vrings, split)
+        behind = split + num_vrings * layout.VRING.itemsize
+        self.stages = np.frombuffer(self._mapping.view, STAGE_RECORD, num_stages, behind)
         self._address = self._mapping.address
-        self._split = split
+        self._split, self._behind = split, behind
 
     @classmethod
     def attach(cls, fd: int) -> ControlBlock:
@@ -57,9 +64,11 @@ class ControlBlock:
             raise ValueError("too small for a control block")
         shape = np.frombuffer(tail, layout.SHAPE)[0]
         workers, vrings = int(shape["num_workers"]), int(shape["num_vrings"])
-        if shape["magic"] != layout.SHAPE_MAGIC or layout.block_bytes(workers, vrings) != size_bytes:
+        stages = int(shape["num_stage_records"])
+        known = shape["magic"] == layout.SHAPE_MAGIC and stages in (0, workers)
+        if not known or layout.block_bytes(workers, vrings, stages) != size_bytes:
             raise ValueError("no control block, or one of another version")
-        return cls(workers, vrings, fd)
+        return cls(workers, vrings, fd, stages=stages > 0)
 
     def worker_address(self, index: int) -> int:
         """Address of a worker's record in this process."""
@@ -68,6 +77,10 @@ class ControlBlock:
     def vring_address(self, index: int) -> int:
         """Address of a vring's record in this process."""
         return int(self._address + self._split + index * layout.VRING.itemsize)
+
+    def stages_address(self, index: int) -> int:
+        """Address of a worker's record of stages in this process; 0 when there is none."""
+        return int(self._address + self._behind + index * STAGE_RECORD.itemsize) if len(self.stages) else 0
 
     def raise_attention(self, worker: int) -> None:
         """Make a worker's kernel return to its commands; call it after the command was sent."""

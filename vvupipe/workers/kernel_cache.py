@@ -16,6 +16,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from kernels.stage_layout import STAGES_ON
+
 #: Code for the plain x86-64 (or other) baseline: the same cache then serves a host and every guest on it. The kernels
 #: are loads, stores and calls of libc's memcpy, which picks its own instructions at run time.
 CPU_NAME = "generic"
@@ -33,9 +35,8 @@ def _kernel_sources() -> list[Path]:
 @cache
 def digest() -> str:
     """12 hex digits that change whenever compiled kernels may."""
-    state = hashlib.sha256(
-        f"{sys.version} numba {importlib.metadata.version('numba')} {CPU_NAME} {CPU_FEATURES}".encode()
-    )
+    numba = importlib.metadata.version("numba")
+    state = hashlib.sha256(f"{sys.version} numba {numba} {CPU_NAME} {CPU_FEATURES} stages {STAGES_ON}".encode())
     for path in _kernel_sources():
         state.update(path.name.encode() + path.read_bytes())
     return state.hexdigest()[:12]

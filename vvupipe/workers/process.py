@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kernels import bus_error, vring, worker_loop
+from kernels import bus_error, stages, vring, worker_loop
 from kernels import control_block as layout
 from kernels.ring_record import RING
 from kernels.status import ERR_RING_ADDRESS, MISS, OK, TEXT
@@ -159,6 +159,9 @@ class Worker(CommandExecutor):
         loop["notice_fd"] = fds.pop(0)
         loop["spin_max_ns"] = loop["spin_ns"] = int(fields["spin_max_ns"])
         loop["bus_errors_seen"] = self._block.workers["bus_errors"][self._index]
+        loop["stages"] = self._block.stages_address(self._index)
+        if loop["stages"]:
+            stages.start_stages(loop["stages"], loop["scratch"])
         own_fds = self._device.open(fields["device"], fds, loop, num_vrings)
         self._pollfds = np.zeros(1 + num_vrings + len(own_fds), worker_loop.POLLFD)
         self._pollfds["events"] = worker_loop.POLLIN

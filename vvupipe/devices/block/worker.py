@@ -91,6 +91,7 @@ class BlockKernel:
         self._loop = loop
         self._running = np.zeros(num_vrings, np.int64)
         request.lay_out(self._board, self._requests)
+        self._board["stages"] = loop["stages"]
         if fields["uring"]:
             self._uring = IoUring.open(request.REQUESTS_MAX, sqpoll=bool(fields["sqpoll"]))
             self._uring.register_file(int(disk["fd"]))
