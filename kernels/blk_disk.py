@@ -1,6 +1,9 @@
-"""The image as its worker keeps it. Plain dtype, no numba."""
+"""The image as its worker keeps it, and what bounds requests. Plain, no numba."""
 
 import numpy as np
+
+#: Segments that a request may have when somebody else than the worker does it; longer ones are done on the spot.
+SEGMENTS_EACH = 256
 
 WRITE_HERE_NEVER = 0
 WRITE_HERE_ALONE = 1  # nothing else waits that it could hold up: Linux may make a writer wait

@@ -9,11 +9,11 @@ from numba import int32, int64, uint64
 from kernels import helper, uring
 from kernels import stage_layout as stage
 from kernels.blk_answer import answer
+from kernels.blk_disk import SEGMENTS_EACH
 from kernels.image_map import copy_through_map, fetch
 from kernels.jit import inlined, kernel
 from kernels.request import (
     NOBODY,
-    SEGMENTS_EACH,
     copy_rows,
     give_slot_back,
     next_waiting,

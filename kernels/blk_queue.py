@@ -9,7 +9,7 @@ from numba import int64, uint64
 from kernels import control_block as cb
 from kernels import stage_layout as stage
 from kernels.blk_answer import answer
-from kernels.blk_disk import WRITE_HERE_ALONE, WRITE_HERE_ALWAYS
+from kernels.blk_disk import SEGMENTS_EACH, WRITE_HERE_ALONE, WRITE_HERE_ALWAYS
 from kernels.blk_helper import perform
 from kernels.blk_io import check_range, get_id, read_at_once, transfer
 from kernels.blk_later import collect, copy_now, do_later, hand_on_open, keep
@@ -19,7 +19,7 @@ from kernels.chain import SEGMENTS_MAX
 from kernels.image_map import can_copy
 from kernels.jit import inlined, kernel
 from kernels.memory import PAGE_BYTES, ring_eventfd
-from kernels.request import COPIES_MAX, SEGMENTS_EACH, copy_rows, has_room
+from kernels.request import COPIES_MAX, copy_rows, has_room
 from kernels.stages import lap
 from kernels.status import COPY, ERR_BAD_ADDRESS, ERR_BAD_REQUEST, ERR_NO_STATUS, ERR_UNSUPPORTED, LATER, MISS, OK
 from kernels.virtio_layout import (

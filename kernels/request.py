@@ -7,13 +7,12 @@ must stay until it is done.
 import numpy as np
 from numba import int64
 
+from kernels.blk_disk import SEGMENTS_EACH
 from kernels.chain import SEGMENTS_MAX
 from kernels.jit import inlined, kernel
 
 #: Requests of one worker that can be under way; one vring has at most half of them.
 REQUESTS_MAX = 512
-#: Segments that a request under way may have; longer ones are done on the spot.
-SEGMENTS_EACH = 256
 #: Rows of a segment list with room for the chain in hand twice, and for every request under way twice: the second
 #: copy stays whole and tells the dirty-page log what was written.
 SEGMENT_ROWS = 2 * SEGMENTS_MAX + REQUESTS_MAX * 2 * SEGMENTS_EACH

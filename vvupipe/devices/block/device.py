@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Sequence
 
 from kernels import virtio_layout as layout
+from kernels.blk_disk import SEGMENTS_EACH
 from kernels.virtio_layout import RANGE_SECTORS_MAX, RANGES_MAX
 from vvupipe.devices.block.config_space import WRITEBACK_OFFSET, ConfigSpace
 from vvupipe.devices.block.engine import Engine, EngineChoice, choose, engine_fields
@@ -107,7 +108,7 @@ class BlockDevice:
         block = image.block_size_bytes
         return ConfigSpace(
             capacity_sectors=image.size_bytes // layout.SECTOR_BYTES,
-            seg_max=max(1, self.queue_size_max - _HEADER_AND_STATUS),
+            seg_max=max(1, min(self.queue_size_max, SEGMENTS_EACH) - _HEADER_AND_STATUS),
             blk_size_bytes=block,
             physical_block_exp=max(0, (limits.physical_block_bytes // block).bit_length() - 1),
             min_io_size=min(max(1, limits.min_io_bytes // block), 0xFFFF),
