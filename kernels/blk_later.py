@@ -10,8 +10,9 @@ from kernels import helper, uring
 from kernels import stage_layout as stage
 from kernels.blk_answer import answer
 from kernels.blk_disk import SEGMENTS_EACH
-from kernels.image_map import copy_through_map, fetch
+from kernels.image_map import copy_through_map, fetch, forget_marks
 from kernels.jit import inlined, kernel
+from kernels.memory import EFAULT
 from kernels.request import (
     NOBODY,
     copy_rows,
@@ -23,7 +24,14 @@ from kernels.request import (
 )
 from kernels.stages import lap
 from kernels.status import OK
-from kernels.virtio_layout import BLK_T_FLUSH, BLK_T_IN, BLK_T_OUT, SECTOR_SHIFT
+from kernels.virtio_layout import (
+    BLK_T_DISCARD,
+    BLK_T_FLUSH,
+    BLK_T_IN,
+    BLK_T_OUT,
+    BLK_T_WRITE_ZEROES,
+    SECTOR_SHIFT,
+)
 
 _RWF_DSYNC = np.int32(2)  # preadv2(2)
 _ZERO = np.uint64(0)
@@ -264,6 +272,8 @@ def collect_uring(work):
         if int64(work.results[k]) == wanted:
             ended += end_whole(work, slot, OK)
         else:
+            if int64(work.results[k]) == -EFAULT:
+                work.disk.bounces = 1  # helpers copy such memory, and io_uring need not try again
             do_again(work, slot)
     return ended
 
@@ -282,6 +292,8 @@ def collect_helpers(work):
         if status != OK and work.requests[slot].merged != NOBODY:
             do_again(work, slot)
         else:
+            if work.requests[slot].kind in (BLK_T_DISCARD, BLK_T_WRITE_ZEROES):
+                forget_marks(work.disk)  # there may be holes now
             ended += end_whole(work, slot, status)
     start_helpers(work)
     return ended

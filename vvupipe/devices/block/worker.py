@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import mmap
 import os
@@ -94,12 +95,25 @@ class BlockKernel:
         self._board["stages"] = loop["stages"]
         if fields["uring"]:
             self._uring = IoUring.open(request.REQUESTS_MAX, sqpoll=bool(fields["sqpoll"]))
-            self._uring.register_file(int(disk["fd"]))
+            self._uring.register_file(self._unlocked_fd())
         self._registers = bool(fields["registers"])
         self._helpers = Helpers(int(fields["helpers"]))
         self._board["free_helpers"] = len(self._helpers.records)
         self._start_helpers()
         return [self._event_fd(), self._helpers.done_fd]
+
+    def _unlocked_fd(self) -> int:
+        """The image opened once more, without its lock.
+
+        Linux closes a registered file some time after its process ended; a back-end that starts anew would find the
+        lock still held.
+        """
+        fd = int(self._disk["fd"][0])
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_DIRECT)
+        try:
+            return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+        except OSError:
+            return fd  # no /proc, or not allowed to open it by now
 
     def _event_fd(self) -> int:
         return int(self._uring.record["event_fd"][0]) if self._uring else -1
