@@ -31,7 +31,7 @@ from kernels.virtio_layout import (
     BLK_T_WRITE_ZEROES,
     SECTOR_SHIFT,
 )
-from kernels.vring import break_ring, call_if_wanted, look_at_next, publish, set_state, take, waiting
+from kernels.vring import break_ring, call_if_wanted, look_at_next, publish, set_state, take, tell_under_way, waiting
 
 #: Requests done by copying alone are shown to the driver in groups: the line of used.idx changes hands less often.
 _PUBLISH_EVERY = 8
@@ -205,6 +205,7 @@ def serve_ring(work, ring):
     if work.board.copies:
         copy_now(work)
     hand_on_open(work)
+    tell_under_way(ring)
     if ring.unpublished:
         show(work, ring)
     if error == MISS:

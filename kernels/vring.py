@@ -211,6 +211,12 @@ def publish(ring, one_address):
 
 
 @kernel
+def tell_under_way(ring):
+    """Show in the control block how many requests were taken and are not done; nothing may be published for long."""
+    store_u32(ring.record + _UNDER_WAY, uint32(ring.under_way))
+
+
+@kernel
 def break_ring(ring, error, one_address):
     """The driver broke the ring: stop serving it and ring its err doorbell (SET_VRING_ERR)."""
     ring.error = int32(error)

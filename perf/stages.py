@@ -75,9 +75,10 @@ def text(worker: int, found: dict[str, Any]) -> str:
     awake = {name: stage for name, stage in found["stages"].items() if name != "sleep" and stage["laps"]}
     lines = [
         f"worker {worker}: {count(found['requests_per_s'])} requests/s, asleep for {100 * sleep['share']:.1f} % of "
-        f"{found['seconds']:.1f} s, {found['hertz'] / 1e9:.3f} cycles/ns",
-        _line("stage", "cycles/req", "ns/req", "share", "laps/req", ""),
+        f"{found['seconds']:.1f} s, {found['hertz'] / 1e9:.3f} cycles/ns"
     ]
+    if awake:
+        lines.append(_line("stage", "cycles/req", "ns/req", "share", "laps/req", ""))
     for name, stage in awake.items():
         laps = stage["laps"] / found["requests"] if found["requests"] else None
         bar = "#" * round(_BAR * stage["share"])
