@@ -5,10 +5,6 @@ import numpy as np
 #: Segments that a request may have when somebody else than the worker does it; longer ones are done on the spot.
 SEGMENTS_EACH = 256
 
-WRITE_HERE_NEVER = 0
-WRITE_HERE_ALONE = 1  # nothing else waits that it could hold up: Linux may make a writer wait
-WRITE_HERE_ALWAYS = 2
-
 DISK = np.dtype(
     [
         ("fd", "<i8"),
@@ -30,7 +26,6 @@ DISK = np.dtype(
         ("bounces", "<i8"),  # 1: the kernel refused guest memory once, so do not try again
         ("direct", "<i8"),  # 1: opened with O_DIRECT, which not every piece of guest memory is aligned for
         ("nowait", "<i8"),  # 1: try to read without waiting for the disk (RWF_NOWAIT) before somebody else reads
-        ("write_here", "<i8"),  # when whole pages are written on the spot, into the page cache: WRITE_HERE_*
         ("merge_bytes", "<u8"),  # adjacent requests are done together up to this; 0: never
         ("unsafe", "<i8"),  # 1: a flush does nothing (--cache unsafe)
         ("is_block", "<i8"),  # 1: a block device

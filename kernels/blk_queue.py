@@ -9,16 +9,16 @@ from numba import int64, uint64
 from kernels import control_block as cb
 from kernels import stage_layout as stage
 from kernels.blk_answer import answer
-from kernels.blk_disk import SEGMENTS_EACH, WRITE_HERE_ALONE, WRITE_HERE_ALWAYS
+from kernels.blk_disk import SEGMENTS_EACH
 from kernels.blk_helper import perform
-from kernels.blk_io import check_range, get_id, read_at_once, transfer
+from kernels.blk_io import check_range, get_id, read_at_once
 from kernels.blk_later import collect, copy_now, do_later, hand_on_open, keep
 from kernels.blk_lookahead import AHEAD, look_ahead
 from kernels.blk_request import parse_request, total_bytes
 from kernels.chain import SEGMENTS_MAX
 from kernels.image_map import can_copy
 from kernels.jit import inlined, kernel
-from kernels.memory import PAGE_BYTES, ring_eventfd
+from kernels.memory import ring_eventfd
 from kernels.request import COPIES_MAX, copy_rows, has_room
 from kernels.stages import lap
 from kernels.status import COPY, ERR_BAD_ADDRESS, ERR_BAD_REQUEST, ERR_NO_STATUS, ERR_UNSUPPORTED, LATER, MISS, OK
@@ -40,7 +40,6 @@ TURN = 128
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
-_PAGE_MASK = np.uint64(PAGE_BYTES - 1)
 
 
 @inlined
@@ -59,7 +58,7 @@ def read_here(work, first, end, sector, length):
 
 
 @inlined
-def write_here(work, first, end, sector, length, write_through, alone):
+def write_here(work, sector, length, write_through):
     """A write, if it takes no waiting. OK, ERR_*, COPY or LATER."""
     disk = work.disk
     status = check_range(disk, sector, length)
@@ -72,19 +71,16 @@ def write_here(work, first, end, sector, length, write_through, alone):
         return LATER
     if disk.map_writable and can_copy(disk, offset, length):
         return COPY
-    here = disk.write_here == WRITE_HERE_ALWAYS or (disk.write_here == WRITE_HERE_ALONE and alone)
-    if here and not (offset | length) & _PAGE_MASK and not disk.bounces:
-        return transfer(disk, work.segments, first, end, int64(offset), True)
     return LATER
 
 
 @inlined
-def do_here(work, ring, kind, sector, first, end, length, alone):
+def do_here(work, ring, kind, sector, first, end, length):
     """Do a parsed request if that takes no waiting. OK, ERR_*, COPY or LATER."""
     if kind == BLK_T_IN:
         return read_here(work, first, end, sector, length)
     if kind == BLK_T_OUT:
-        return write_here(work, first, end, sector, length, ring.write_through, alone)
+        return write_here(work, sector, length, ring.write_through)
     if kind == BLK_T_FLUSH:
         return OK if work.disk.unsafe else LATER
     if kind in (BLK_T_DISCARD, BLK_T_WRITE_ZEROES):
@@ -99,11 +95,8 @@ def nobody_else(work):
 
 
 @inlined
-def serve_next(work, ring, alone):
-    """Do the next request, or have somebody do it. alone: there is no other that could have to wait for it.
-
-    OK, MISS, or an ERR_* that breaks the ring.
-    """
+def serve_next(work, ring):
+    """Do the next request, or have somebody do it. OK, MISS, or an ERR_* that breaks the ring."""
     segments = work.segments
     status, head, readable, count, clean = look_at_next(ring, work.regions, segments, work.copied)
     if status != OK:
@@ -129,7 +122,7 @@ def serve_next(work, ring, alone):
             length = get_id(work.disk, segments, write_first, write_end)
         else:
             length = total_bytes(segments, first, end)
-            status = do_here(work, ring, kind, sector, first, end, length, alone)
+            status = do_here(work, ring, kind, sector, first, end, length)
     if status in (COPY, LATER):
         short = end - first <= SEGMENTS_EACH and logged_end - logged <= SEGMENTS_EACH
         if short and (status == COPY or not nobody_else(work)):
@@ -188,7 +181,7 @@ def serve_ring(work, ring):
         if done % AHEAD == 0 and available > 1 and not ring.packed and ring.resubmit_next == ring.resubmit_count:
             look_ahead(ring, work.regions, work.copied, min(available, AHEAD))
             lap(work.board, stage.AHEAD)
-        error = serve_next(work, ring, available == 1 and work.board.under_way == 0)
+        error = serve_next(work, ring)
         if error != OK:
             break
         done += 1

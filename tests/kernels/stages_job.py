@@ -48,12 +48,12 @@ def main():
     """Print one JSON object."""
     rng = random.Random(1)
     record, scratch = np.zeros(1, layout.STAGE_RECORD), np.zeros(2, np.uint64)
-    disk_pair._BOARD["stages"] = record.ctypes.data
     pair = RingPair(64, packed=False, event_idx=True)
     driver = SplitBlkDriver(pair.memory, pair.place, rng, pair.base, longest=6)
     driver.sectors = SECTORS
     assert pair.start() == status.OK
     disk = disk_pair.DiskPair(SECTORS, rng)
+    disk.others.boards["stages"] = record.ctypes.data
     cycles()
     if layout.STAGES_ON:
         start_stages(np.uint64(record.ctypes.data), np.uint64(scratch.ctypes.data))

@@ -144,7 +144,6 @@ def test_requests_of_every_kind(packed, kind):
         )
         world.disk.disks["merge_bytes"] = rng.choice((0, 4096, 256 << 10))
         world.disk.disks["nowait"] = rng.random() < 0.3
-        world.disk.disks["write_here"] = rng.random() < 0.3
         world.disk.begin()
         done = 0
         while done < 100:

@@ -375,7 +375,7 @@ def every_kind(batch):
 ENGINES = {
     "mmap": {"mapped": True},
     "uring": {},
-    "sync": {"prepare": lambda disk: (disk.__setitem__("nowait", 1), disk.__setitem__("write_here", 1))},
+    "sync": {"prepare": lambda disk: disk.__setitem__("nowait", 1)},
 }
 
 

@@ -190,8 +190,6 @@ def test_other_memory_while_requests_are_under_way(slow, packed, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("operation", [FSYNC, WRITE])
 def test_slow_requests_hold_up_no_reads(slow, packed, engine, operation):
-    if engine == "sync" and operation == WRITE:
-        pytest.skip("it writes whole pages into the page cache itself, which does not wait but for FUSE")
     content = bytes(slow.data)
 
     async def story(scene):

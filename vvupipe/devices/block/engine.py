@@ -6,7 +6,6 @@ import enum
 import mmap
 from dataclasses import dataclass
 
-from kernels import blk_disk
 from vvupipe.devices.block import file_memory
 from vvupipe.devices.block.image import Image
 from vvupipe.errors import UserError
@@ -75,13 +74,11 @@ def _maps(image: Image, protection: int) -> bool:
 
 def engine_fields(choice: EngineChoice, image: Image) -> dict[str, int]:
     """What a worker is told (fields of kernels.blk_disk.DISK, and of worker.BlockKernel.open)."""
-    cached_sync = choice.engine == Engine.SYNC and not image.direct
     return {
         "maps": choice.engine == Engine.MMAP,
         "writable_map": choice.writable_map,
         "map_always": choice.map_always,
-        "nowait": cached_sync,
-        "write_here": blk_disk.WRITE_HERE_ALWAYS if cached_sync else 0 if image.direct else blk_disk.WRITE_HERE_ALONE,
+        "nowait": choice.engine == Engine.SYNC and not image.direct,
         "merge_bytes": _MERGE_BYTES,
         "uring": choice.uring,
         "sqpoll": choice.sqpoll,

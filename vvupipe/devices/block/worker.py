@@ -40,7 +40,6 @@ _FROM_COORDINATOR = (
     "can_punch",
     "can_zero_range",
     "nowait",
-    "write_here",
     "merge_bytes",
     "map_always",
 )

@@ -37,7 +37,22 @@ class Direct:
 @pytest.mark.parametrize("missing", [None, NONE])
 def test_auto_copies_what_can_be_mapped(monkeypatch, image, missing):
     given(monkeypatch, missing)
-    assert choose(Engine.AUTO, opened(image)) == EngineChoice(Engine.MMAP, missing is None, False, True)
+    assert choose(Engine.AUTO, opened(image)) == EngineChoice(Engine.MMAP, missing is None)
+
+
+def test_only_files_in_memory_are_mapped_for_writing(monkeypatch, image):
+    given(monkeypatch, None)
+    assert not choose(Engine.MMAP, opened(image)).writable_map
+    monkeypatch.setattr(engine.file_memory, "is_dax", lambda fd: True)
+    assert choose(Engine.MMAP, opened(image)) == EngineChoice(Engine.MMAP, True, writable_map=True, map_always=True)
+    monkeypatch.undo()
+    fd = os.memfd_create("image")
+    os.truncate(fd, 1 << 16)
+    in_memory = opened(image)
+    os.close(in_memory.fd)
+    in_memory.fd = fd
+    choice = choose(Engine.MMAP, in_memory)
+    assert (choice.writable_map, choice.map_always) == (True, False)
 
 
 def test_auto_of_direct_io(monkeypatch):
@@ -72,15 +87,16 @@ def test_uring_and_sqpoll(monkeypatch, image):
     given(monkeypatch, None)
     assert choose(Engine.URING, opened(image)) == EngineChoice(Engine.URING, True)
     assert choose(Engine.URING, opened(image), sqpoll=True) == EngineChoice(Engine.URING, True, True)
-    assert choose(Engine.MMAP, opened(image), sqpoll=True) == EngineChoice(Engine.MMAP, True, True, True)
+    assert choose(Engine.MMAP, opened(image), sqpoll=True) == EngineChoice(Engine.MMAP, True, True)
+    assert choose(Engine.URING, opened(image), pin_memory=True) == EngineChoice(Engine.URING, True, pin_memory=True)
 
 
 @pytest.mark.parametrize(
     ("wanted", "sqpoll", "words"),
     [
         (Engine.URING, False, "io_uring cannot be used: this kernel has none: use --engine sync"),
-        (Engine.AUTO, True, "io_uring cannot be used: this kernel has none: leave --sqpoll away"),
-        (Engine.MMAP, True, "io_uring cannot be used: this kernel has none: leave --sqpoll away"),
+        (Engine.AUTO, True, "io_uring cannot be used: this kernel has none: leave --sqpoll and --pin-memory away"),
+        (Engine.MMAP, True, "io_uring cannot be used: this kernel has none: leave --sqpoll and --pin-memory away"),
     ],
 )
 def test_without_io_uring(monkeypatch, image, wanted, sqpoll, words):
@@ -92,7 +108,7 @@ def test_without_io_uring(monkeypatch, image, wanted, sqpoll, words):
 
 def test_sync_and_sqpoll_do_not_go_together(monkeypatch, image):
     given(monkeypatch, None)
-    with pytest.raises(UserError, match="leave --sqpoll away"):
+    with pytest.raises(UserError, match="which --engine sync does not use: leave them away"):
         choose(Engine.SYNC, opened(image), sqpoll=True)
 
 
@@ -104,10 +120,10 @@ def test_mapping_and_direct_io_do_not_go_together(monkeypatch):
 
 def test_what_workers_are_told(image):
     disk = opened(image)
-    mapped = engine_fields(EngineChoice(Engine.MMAP, True, False, True), disk)
+    mapped = engine_fields(EngineChoice(Engine.MMAP, True, writable_map=True), disk)
     assert (mapped["maps"], mapped["writable_map"], mapped["uring"], mapped["nowait"]) == (True, True, True, False)
     sync = engine_fields(EngineChoice(Engine.SYNC, False), disk)
-    assert (sync["maps"], sync["nowait"], sync["write_here"], sync["uring"]) == (False, True, True, False)
+    assert (sync["maps"], sync["nowait"], sync["uring"]) == (False, True, False)
     direct = engine_fields(EngineChoice(Engine.SYNC, False), Direct)
-    assert (direct["nowait"], direct["write_here"]) == (False, False), "nothing of it would be in memory"
+    assert not direct["nowait"], "nothing of it would be in memory"
     assert sync["helpers"] > mapped["helpers"] > 0
