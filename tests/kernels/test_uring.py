@@ -390,6 +390,7 @@ def test_completion_before_the_wish_to_be_woken_forbids_sleep(ring, image):
         uring.refuse_wakes(record)
         drain(ring)
         assert poll.poll(0) == []
+        uring.submit(record, 0)  # it may be a work item that has to be run first
         assert reap(ring) == [(turn, _BLOCK)]
     assert push_rw(ring, False, fd, iovec((memory.address, _BLOCK)), 0, 99)
     assert uring.want_wakes(record), "what is queued must be submitted before a sleep"
