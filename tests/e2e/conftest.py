@@ -1,5 +1,6 @@
 """Makes the guest kit importable, and gives every test here each back-end that it asks for."""
 
+import os
 import random
 import shutil
 import sys
@@ -11,7 +12,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "guest"))
 
 import guest_kit
 from backends import BACKENDS
+from embedded import Scene
 from front_end_life import Served
+
+from vvupipe.memory import shared
+
+
+@pytest.fixture
+def image(tmp_path):
+    """16 MiB that nobody has written before."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(16 << 20))
+    return path
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """Embedded VMs and back-ends with a run folder of their own, all of which end with the test."""
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    playing = Scene(folder)
+    yield playing
+    playing.close()
+    shared.remove_stale()
 
 
 @pytest.fixture

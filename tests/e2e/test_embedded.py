@@ -10,28 +10,9 @@ import time
 
 import psutil
 import pytest
-from embedded import ADDRESS, Scene
-
-from vvupipe.memory import shared
+from embedded import ADDRESS
 
 pytestmark = pytest.mark.timeout(180)
-
-
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "disk.img"
-    path.write_bytes(os.urandom(16 << 20))
-    return path
-
-
-@pytest.fixture
-def scene(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    playing = Scene(folder)
-    yield playing
-    playing.close()
-    shared.remove_stale()
 
 
 def ended(process, timeout=90):

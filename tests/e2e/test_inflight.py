@@ -5,23 +5,11 @@ import mmap
 import os
 
 import pytest
-from embedded import Scene
 
 from tests.mock.blk_backend import WITH_INFLIGHT, BlkBackend
-from vvupipe.memory import shared
 
 pytestmark = pytest.mark.timeout(120)
 SIZE = 16 << 20
-
-
-@pytest.fixture
-def scene(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    playing = Scene(folder)
-    yield playing
-    playing.close()
-    shared.remove_stale()
 
 
 @pytest.fixture

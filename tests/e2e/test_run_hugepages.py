@@ -10,7 +10,6 @@ import time
 import guest_kit
 import psutil
 import pytest
-from embedded import Scene
 
 from tests.huge_pages_kit import KINDS, PAGE, machine_with, mapped, meminfo
 
@@ -24,22 +23,6 @@ PAGES = 3 * MEM_MIB // 2  # device VM and sibling, and some to spare
 def kind(request):
     with machine_with(request.param, PAGES):
         yield request.param
-
-
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "disk.img"
-    path.write_bytes(os.urandom(16 << 20))
-    return path
-
-
-@pytest.fixture
-def scene(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    playing = Scene(folder)
-    yield playing
-    playing.close()
 
 
 def sibling(scene, *work):

@@ -132,16 +132,22 @@ def test_killed_again_and_again(slow, packed, engine):
     play(slow, story, engine=engine)
 
 
+async def hold_reads(slow, batch):
+    """Ten reads that the disk does not answer until it is told to."""
+    slow.hold = lambda operation, offset: operation == READ
+    requests = put_reads(batch, range(3, 33, 3))
+    batch.show()
+    await asyncio.to_thread(slow.wait_held, 1)
+    return requests
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_stop_waits_for_what_is_under_way(slow, packed, engine):
     content = bytes(slow.data)
 
     async def story(scene):
         batch = await start(scene, packed)
-        slow.hold = lambda operation, offset: operation == READ
-        requests = put_reads(batch, range(3, 33, 3))
-        batch.show()
-        await asyncio.to_thread(slow.wait_held, 1)
+        requests = await hold_reads(slow, batch)
         stopping = asyncio.create_task(scene.pool.stop_vring(0))
         await asyncio.sleep(0.3)
         assert not stopping.done()
@@ -165,10 +171,7 @@ def test_other_memory_while_requests_are_under_way(slow, packed, engine):
 
     async def story(scene):
         batch = await start(scene, packed)
-        slow.hold = lambda operation, offset: operation == READ
-        requests = put_reads(batch, range(3, 33, 3))
-        batch.show()
-        await asyncio.to_thread(slow.wait_held, 1)
+        requests = await hold_reads(slow, batch)
         ((gpa, size, uva, fd, offset),) = scene.memory.regions
         more = os.memfd_create("more")
         os.ftruncate(more, 1 << 20)
