@@ -31,9 +31,8 @@ REQUEST = np.dtype(
         ("kind", "<i8"),  # BLK_T_*
         ("sector", "<u8"),
         ("length", "<u8"),  # bytes of data
-        ("first", "<i8"),  # its data: rows first to end of the segment list
-        ("end", "<i8"),
-        ("logged_end", "<i8"),  # rows first + SEGMENTS_EACH to here: everything it writes, for the dirty-page log
+        ("end", "<i8"),  # its data: rows room_of(slot) to here of the segment list
+        ("logged_end", "<i8"),  # room_of(slot) + SEGMENTS_EACH to here: everything it writes, for the dirty-page log
         ("write_through", "<i8"),
         ("next", "<i8"),  # in the list of free slots, or of those that wait for a helper; -1 ends it
         ("merged", "<i8"),  # the next of those that are done together with it; -1: no more
@@ -41,7 +40,6 @@ REQUEST = np.dtype(
         ("whole_end", "<i8"),  # end and length with those merged into it
         ("whole_length", "<u8"),
         ("status", "<i8"),  # OK or ERR_*, when a helper has done it
-        ("written", "<u8"),  # bytes written into guest memory
     ],
     align=True,
 )
