@@ -75,14 +75,19 @@ def test_transports_know_no_device(path):
     assert not [name for name in imports_of(path) if name.startswith("vvupipe.devices")]
 
 
-def test_command_line_loads_without_numba_and_numpy():
-    loaded = subprocess.run(
-        [sys.executable, "-c", "import sys, vvupipe.cli.main; print(*sys.modules)"],
+def loaded_with(modules):
+    """Names of all modules that a new interpreter has after importing `modules`."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys, {modules}; print(*sys.modules)"],
         capture_output=True,
         text=True,
         check=True,
         timeout=30,
     ).stdout.split()
+
+
+def test_command_line_loads_without_numba_and_numpy():
+    loaded = loaded_with("vvupipe.cli.main")
     assert "click" in loaded
     assert not {"numba", "numpy", "llvmlite"} & set(loaded)
 
@@ -90,12 +95,6 @@ def test_command_line_loads_without_numba_and_numpy():
 def test_coordinator_of_a_back_end_loads_without_numba():
     """Compiling is for its workers: the coordinator only looks at dtypes."""
     modules = "vvupipe.devices.server, vvupipe.devices.block.device, vvupipe.vhost_user.socket_transport"
-    loaded = subprocess.run(
-        [sys.executable, "-c", f"import sys, {modules}; print(*sys.modules)"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=30,
-    ).stdout.split()
+    loaded = loaded_with(modules)
     assert "vvupipe.devices.block.device" in loaded
     assert not {"numba", "llvmlite"} & set(loaded)
