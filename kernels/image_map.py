@@ -9,8 +9,9 @@ import numpy as np
 from numba import int32, int64, uint8, uint64
 
 from kernels.jit import inlined, kernel
-from kernels.memory import PAGE_BYTES, copy_bytes, libc_mincore, libc_mmap, load_u8, load_u64, prefetch, store_u8
+from kernels.memory import PAGE_BYTES, libc_mincore, libc_mmap, load_u8, load_u64, prefetch, store_u8
 from kernels.status import ERR_IO, OK
+from kernels.wide_copy import copy_block
 
 GRANULE_SHIFT = 16
 #: Bytes that mincore writes for a granule.
@@ -125,9 +126,9 @@ def copy_through_map(disk, segments, first, end, offset, length, writing):
     place = disk.map_address + offset
     for k in range(first, end):
         if writing:
-            copy_bytes(place, segments[k, 0], segments[k, 1])
+            copy_block(place, segments[k, 0], segments[k, 1])
         else:
-            copy_bytes(segments[k, 0], place, segments[k, 1])
+            copy_block(segments[k, 0], place, segments[k, 1])
         place += segments[k, 1]
     if load_u64(disk.bus_errors) == before:
         return OK

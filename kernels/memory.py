@@ -8,6 +8,8 @@ again by the compiler after it was checked.
 import mmap
 import platform
 
+import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -21,6 +23,10 @@ IS_X86 = platform.machine() == "x86_64"
 
 def _pointer(builder, address, bits):
     return builder.inttoptr(address, ir.IntType(bits).as_pointer())
+
+
+def _pointer_to(kind, builder, address, offset):
+    return builder.inttoptr(builder.add(address, ir.Constant(ir.IntType(64), offset)), kind.as_pointer())
 
 
 def _load(bits, ordering):
@@ -159,6 +165,35 @@ def copy_bytes(typing_context, destination, source, count):
         return context.get_dummy_value()
 
     return types.void(types.uint64, types.uint64, types.uint64), generate
+
+
+def _has_avx2() -> bool:
+    """Whether kernels are compiled for a CPU that has AVX2: what numba was told, else what this machine is."""
+    if numba.config.CPU_FEATURES is None:
+        return IS_X86 and bool(llvm.get_host_cpu_features().get("avx2"))
+    return "+avx2" in numba.config.CPU_FEATURES.split(",")
+
+
+LINE_BYTES = 64
+#: Whether copy_line is two loads and two stores; without AVX2 it is four of each, and libc's memcpy is better then.
+LINES_ARE_WIDE = _has_avx2()
+
+
+@intrinsic
+def copy_line(typing_context, destination, source):
+    """Copy LINE_BYTES, wherever they lie: all is loaded before anything is stored."""
+
+    def generate(context, builder, signature, arguments):
+        half = ir.VectorType(_I8, LINE_BYTES // 2)
+        targets, sources = (
+            [_pointer_to(half, builder, address, offset) for offset in (0, LINE_BYTES // 2)] for address in arguments
+        )
+        loaded = [builder.load(pointer, align=1) for pointer in sources]
+        for value, pointer in zip(loaded, targets, strict=True):
+            builder.store(value, pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64), generate
 
 
 # libc, by the names and types of its own headers; an address is a uint64, -1 means an error.

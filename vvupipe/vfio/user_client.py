@@ -257,7 +257,10 @@ class VfioUserFunction(VfioFunction):
             return self._receive(command)
         except TimeoutError as error:
             raise TransportError(f"function {self.name} has not answered for {_ANSWER_S:.0f} s") from error
-        except (ConnectionError, ProtocolError) as error:
+        except ConnectionError as error:
+            # End of file, a reset or a broken pipe: which of them is only a matter of when it was killed.
+            raise TransportError(f"function {self.name} is gone: its VM ended") from error
+        except ProtocolError as error:
             raise TransportError(f"function {self.name} is gone: {error}") from error
 
     def _send(self, data: bytes, fds: Sequence[int]) -> None:
@@ -291,6 +294,6 @@ class VfioUserFunction(VfioFunction):
             if flags & socket.MSG_CTRUNC:
                 raise ProtocolError("file descriptors were lost on the way: this process has too many open")
             if not chunk:
-                raise ConnectionResetError("its VM ended")
+                raise ConnectionResetError("end of file")
             data += chunk
         return data

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sys
 import tempfile
 from functools import cache
@@ -18,11 +19,8 @@ from pathlib import Path
 
 from kernels.stage_layout import STAGES_ON
 
-#: Code for the plain x86-64 (or other) baseline: the same cache then serves a host and every guest on it. The kernels
-#: are loads, stores and calls of libc's memcpy, which picks its own instructions at run time.
+#: Code for the plain x86-64 (or other) baseline: the same cache then serves a host and every guest on it.
 CPU_NAME = "generic"
-#: An x86 CPU that lacks it takes it for a no-operation; other architectures have no such name.
-CPU_FEATURES = "+prfchw" if platform.machine() == "x86_64" else ""
 
 
 def _kernel_sources() -> list[Path]:
@@ -32,14 +30,63 @@ def _kernel_sources() -> list[Path]:
     return sorted(path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.py"))
 
 
+def _has_avx2(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    try:
+        return re.search(r"^flags\s*:.*\bavx2\b", cpuinfo.read_text(), re.MULTILINE) is not None
+    except OSError:
+        return False
+
+
+def _cpu_features() -> list[str]:
+    """What kernels may be compiled for here, the best first. A CPU without prfchw takes it for a no-operation."""
+    if platform.machine() != "x86_64":
+        return [""]
+    return ["+prfchw,+avx2", "+prfchw"] if _has_avx2() else ["+prfchw"]
+
+
 @cache
-def digest() -> str:
-    """12 hex digits that change whenever compiled kernels may."""
+def digest(features: str) -> str:
+    """12 hex digits that change whenever compiled kernels may. features: of the CPU that they are compiled for."""
     numba = importlib.metadata.version("numba")
-    state = hashlib.sha256(f"{sys.version} numba {numba} {CPU_NAME} {CPU_FEATURES} stages {STAGES_ON}".encode())
+    state = hashlib.sha256(f"{sys.version} numba {numba} {CPU_NAME} {features} stages {STAGES_ON}".encode())
     for path in _kernel_sources():
         state.update(path.name.encode() + path.read_bytes())
     return state.hexdigest()[:12]
+
+
+def _holds_kernels(path: Path) -> bool:
+    return any(path.glob("**/*_worker.serve-*.nbi"))
+
+
+def _folders() -> list[Path]:
+    """Where caches may lie, the best first."""
+    override = os.environ.get("VVUPIPE_CACHE_DIR")
+    if override:
+        return [Path(override)]
+    home_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "vvupipe"
+    return [home_cache, Path(tempfile.gettempdir()) / f"vvupipe-cache-{os.getuid()}"]
+
+
+def _usable(path: Path) -> bool:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return False
+    # A folder that somebody else could fill would run their code; one that was named is trusted.
+    named = "VVUPIPE_CACHE_DIR" in os.environ
+    return os.access(path, os.W_OK) and (named or path.stat().st_uid == os.getuid())
+
+
+def _chosen() -> tuple[Path, str]:
+    """The cache in use, and the CPU features that its kernels are compiled for."""
+    every = _cpu_features()
+    for base in _folders():
+        places = [(base / f"kernels-{digest(features)}", features) for features in every]
+        # A guest whose CPU has more than its host's takes what the host has compiled: there it would take minutes.
+        for path, features in sorted(places, key=lambda place: not _holds_kernels(place[0])):
+            if _usable(path):
+                return path, features
+    return Path(tempfile.mkdtemp(prefix="vvupipe-cache-")), every[0]
 
 
 def folder() -> Path:
@@ -48,31 +95,20 @@ def folder() -> Path:
     `$VVUPIPE_CACHE_DIR`, else `$XDG_CACHE_HOME/vvupipe`, else `~/.cache/vvupipe`; a per-user folder under the
     temporary one where that cannot be written (a read-only root).
     """
-    override = os.environ.get("VVUPIPE_CACHE_DIR")
-    home_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "vvupipe"
-    fallback = Path(tempfile.gettempdir()) / f"vvupipe-cache-{os.getuid()}"
-    for base in [Path(override)] if override else [home_cache, fallback]:
-        path = base / f"kernels-{digest()}"
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
-            continue
-        # A folder that somebody else could fill would run their code; one that was named is trusted.
-        if os.access(path, os.W_OK) and (override or path.stat().st_uid == os.getuid()):
-            return path
-    return Path(tempfile.mkdtemp(prefix="vvupipe-cache-"))
+    return _chosen()[0]
 
 
 def is_warm() -> bool:
     """Whether kernels were compiled into the cache before: loading them takes a fraction of that time."""
-    return any(folder().glob("**/*_worker.serve-*.nbi"))
+    return _holds_kernels(folder())
 
 
 def environment() -> dict[str, str]:
     """Environment of a process that runs kernels: this one's, with numba pointed to the cache."""
+    path, features = _chosen()
     return {
         **os.environ,
-        "NUMBA_CACHE_DIR": str(folder()),
+        "NUMBA_CACHE_DIR": str(path),
         "NUMBA_CPU_NAME": CPU_NAME,
-        "NUMBA_CPU_FEATURES": CPU_FEATURES,
+        "NUMBA_CPU_FEATURES": features,
     }

@@ -2,6 +2,8 @@
 
 import shutil
 
+import pytest
+
 from vvupipe.workers import kernel_cache
 
 
@@ -27,9 +29,9 @@ def test_digest_changes_with_any_kernel(tmp_path, monkeypatch):
     for path in sources:
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(kernel_cache, "_kernel_sources", lambda: sorted(tmp_path.glob("*.py")))
-    before = kernel_cache.digest.__wrapped__()
+    before = kernel_cache.digest.__wrapped__("")
     (tmp_path / "chain.py").write_text("# changed\n")
-    assert kernel_cache.digest.__wrapped__() != before
+    assert kernel_cache.digest.__wrapped__("") != before
 
 
 def test_environment_points_numba_to_the_cache(tmp_path, monkeypatch):
@@ -37,3 +39,30 @@ def test_environment_points_numba_to_the_cache(tmp_path, monkeypatch):
     environment = kernel_cache.environment()
     assert environment["NUMBA_CACHE_DIR"] == str(kernel_cache.folder())
     assert environment["NUMBA_CPU_NAME"] == "generic"
+
+
+def test_kernels_for_another_cpu_lie_elsewhere():
+    assert kernel_cache.digest("+prfchw") != kernel_cache.digest("+prfchw,+avx2")
+
+
+@pytest.mark.parametrize(("flags", "found"), [("fpu avx avx2 bmi1", True), ("fpu avx avx512f", False)])
+def test_what_the_cpu_has(tmp_path, flags, found):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: none of avx2\n")
+    assert kernel_cache._has_avx2(cpuinfo) is found
+    assert not kernel_cache._has_avx2(tmp_path / "none")
+
+
+def test_what_a_lesser_cpu_has_compiled_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("VVUPIPE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernel_cache, "_cpu_features", lambda: ["+more", "+less"])
+    assert kernel_cache.environment()["NUMBA_CPU_FEATURES"] == "+more"
+    lesser = tmp_path / f"kernels-{kernel_cache.digest('+less')}"
+    lesser.mkdir()
+    (lesser / "blk_worker.serve-1.py311.nbi").touch()
+    assert kernel_cache.environment()["NUMBA_CPU_FEATURES"] == "+less"
+    assert kernel_cache.folder() == lesser
+    assert kernel_cache.is_warm()
+    ours = tmp_path / f"kernels-{kernel_cache.digest('+more')}"
+    (ours / "blk_worker.serve-1.py311.nbi").touch()
+    assert kernel_cache.folder() == ours
