@@ -137,6 +137,28 @@ def test_silent_server(monkeypatch):
     function.close()
 
 
+@pytest.mark.parametrize("when", ["before the command", "with the command unread", "with the command read"])
+def test_whenever_the_vm_is_killed_the_reason_is_the_same(when):
+    ours, theirs = socket.socketpair()
+    function = VfioUserFunction(ours, "f")
+
+    def die():
+        if when != "before the command":
+            theirs.recv(65536, socket.MSG_PEEK if when == "with the command unread" else 0)
+        theirs.close()
+
+    dying = threading.Thread(target=die)
+    if when == "before the command":
+        die()
+    else:
+        dying.start()
+    with pytest.raises(TransportError, match="function f is gone: its VM ended"):
+        function.reset()
+    if dying.ident:
+        dying.join()
+    function.close()
+
+
 @pytest.mark.parametrize(
     "answer",
     [reply(2, 13), reply(1, 9), reply(1, 13, flags=0), reply(1, 13, size=3), reply(1, 13, size=1 << 31)],
