@@ -16,9 +16,9 @@ from kernels.blk_later import collect, copy_now, do_later, hand_on_open, keep
 from kernels.blk_lookahead import AHEAD, look_ahead
 from kernels.blk_request import parse_request, total_bytes
 from kernels.chain import SEGMENTS_MAX
-from kernels.image_map import can_copy
+from kernels.image_map import can_copy, copy_through_map
 from kernels.jit import inlined, kernel
-from kernels.memory import ring_eventfd
+from kernels.memory import prefetch_write, ring_eventfd
 from kernels.request import COPIES_MAX, copy_rows, has_room
 from kernels.stages import lap
 from kernels.status import COPY, ERR_BAD_ADDRESS, ERR_BAD_REQUEST, ERR_NO_STATUS, ERR_UNSUPPORTED, LATER, MISS, OK
@@ -43,14 +43,14 @@ _ONE = np.uint64(1)
 
 
 @inlined
-def read_here(work, first, end, sector, length):
+def read_here(work, first, end, sector, length, alone):
     """A read, if it takes no waiting. OK, ERR_*, COPY or LATER."""
     disk = work.disk
     status = check_range(disk, sector, length)
     if status != OK or length == _ZERO:
         return status
     offset = sector << uint64(SECTOR_SHIFT)
-    if can_copy(disk, offset, length):
+    if can_copy(disk, offset, length, alone):
         return COPY
     if disk.nowait:
         return read_at_once(disk, work.segments, first, end, offset, length)
@@ -58,7 +58,7 @@ def read_here(work, first, end, sector, length):
 
 
 @inlined
-def write_here(work, sector, length, write_through):
+def write_here(work, sector, length, write_through, alone):
     """A write, if it takes no waiting. OK, ERR_*, COPY or LATER."""
     disk = work.disk
     status = check_range(disk, sector, length)
@@ -69,18 +69,18 @@ def write_here(work, sector, length, write_through):
     offset = sector << uint64(SECTOR_SHIFT)
     if write_through:
         return LATER
-    if disk.map_writable and can_copy(disk, offset, length):
+    if disk.map_writable and can_copy(disk, offset, length, alone):
         return COPY
     return LATER
 
 
 @inlined
-def do_here(work, ring, kind, sector, first, end, length):
+def do_here(work, ring, kind, sector, first, end, length, alone):
     """Do a parsed request if that takes no waiting. OK, ERR_*, COPY or LATER."""
     if kind == BLK_T_IN:
-        return read_here(work, first, end, sector, length)
+        return read_here(work, first, end, sector, length, alone)
     if kind == BLK_T_OUT:
-        return write_here(work, sector, length, ring.write_through)
+        return write_here(work, sector, length, ring.write_through, alone)
     if kind == BLK_T_FLUSH:
         return OK if work.disk.unsafe else LATER
     if kind in (BLK_T_DISCARD, BLK_T_WRITE_ZEROES):
@@ -95,12 +95,17 @@ def nobody_else(work):
 
 
 @inlined
-def serve_next(work, ring):
-    """Do the next request, or have somebody do it. OK, MISS, or an ERR_* that breaks the ring."""
+def serve_next(work, ring, alone):
+    """Do the next request, or have somebody do it. OK, MISS, or an ERR_* that breaks the ring.
+
+    alone: no other was there, so that a copy need not wait for others to be done together with it.
+    """
     segments = work.segments
     status, head, readable, count, clean = look_at_next(ring, work.regions, segments, work.copied)
     if status != OK:
         return np.int64(status)
+    if alone:
+        ring.header = segments[0, 0]
     # Doing a request cuts its segments, so the log needs a copy of them.
     logged = SEGMENTS_MAX + readable
     logged_end = copy_rows(segments, int64(logged), readable, count) if ring.log_bytes else int64(logged)
@@ -115,6 +120,7 @@ def serve_next(work, ring):
     lap(work.board, stage.PARSE)
     first, end = (write_first, write_end) if kind == BLK_T_IN else (read_first, read_end)
     length = _ZERO
+    step = stage.DO
     if not clean:
         status = ERR_BAD_ADDRESS
     elif status == OK:
@@ -122,7 +128,13 @@ def serve_next(work, ring):
             length = get_id(work.disk, segments, write_first, write_end)
         else:
             length = total_bytes(segments, first, end)
-            status = do_here(work, ring, kind, sector, first, end, length)
+            status = do_here(work, ring, kind, sector, first, end, length, alone)
+        if status == COPY and alone:
+            offset = sector << uint64(SECTOR_SHIFT)
+            status = copy_through_map(work.disk, segments, first, end, offset, length, kind == BLK_T_OUT)
+            step = stage.COPY
+            if status != OK:
+                status = LATER
     if status in (COPY, LATER):
         short = end - first <= SEGMENTS_EACH and logged_end - logged <= SEGMENTS_EACH
         if short and (status == COPY or not nobody_else(work)):
@@ -136,7 +148,7 @@ def serve_next(work, ring):
                 lap(work.board, stage.HAND_ON)
             return np.int64(OK)
         status = perform(work.disk, segments, work.scratch, kind, sector, first, end, ring.write_through)
-    lap(work.board, stage.DO)
+    lap(work.board, step)
     answer(work, ring, head, kind, length, status_address, logged, logged_end, status)
     lap(work.board, stage.ANSWER)
     return np.int64(OK)
@@ -170,6 +182,8 @@ def serve_ring(work, ring):
     if available > 0:
         ring.turns += _ONE
         ring.waiting_sum += uint64(available)
+        if available == 1:
+            prefetch_write(ring.header)
         lap(work.board, stage.FIND)
     while error == OK and available > 0 and done < TURN:
         if not has_room(work.board, ring):
@@ -181,7 +195,7 @@ def serve_ring(work, ring):
         if done % AHEAD == 0 and available > 1 and not ring.packed and ring.resubmit_next == ring.resubmit_count:
             look_ahead(ring, work.regions, work.copied, min(available, AHEAD))
             lap(work.board, stage.AHEAD)
-        error = serve_next(work, ring)
+        error = serve_next(work, ring, available == 1 and work.board.copies == 0)
         if error != OK:
             break
         done += 1

@@ -87,14 +87,13 @@ def in_memory(disk, offset, length):
 
 
 @inlined
-def can_copy(disk, offset, length):
-    """Whether a request of `length` bytes is done by copying."""
-    return (
-        disk.map_address != _ZERO
-        and length <= COPY_MAX_BYTES
-        and offset + length <= disk.map_bytes
-        and in_memory(disk, offset, length)
-    )
+def can_copy(disk, offset, length, alone):
+    """Whether a request of `length` bytes is done by copying. alone: no others are copied together with it."""
+    if disk.map_address == _ZERO or length > COPY_MAX_BYTES or offset + length > disk.map_bytes:
+        return False
+    if alone:
+        prefetch(disk.map_address + offset)
+    return in_memory(disk, offset, length)
 
 
 @kernel

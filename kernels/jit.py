@@ -9,16 +9,35 @@ from typing import Any
 
 import numba
 
-_OPTIONS = {"nogil": True, "cache": True, "fastmath": False, "boundscheck": False, "error_model": "numpy"}
+_OPTIONS = {"nogil": True, "fastmath": False, "boundscheck": False, "error_model": "numpy"}
+
+
+class _LateCache:
+    """numba's cache of one kernel, made when it is first asked for anything.
+
+    Making one looks for its folder and writes a file there to see that it can, for each of some 200 kernels; but a
+    worker loads only the few that it calls, for they have all others compiled in.
+    """
+
+    def __init__(self, dispatcher: Any) -> None:
+        self._dispatcher = dispatcher
+
+    def __getattr__(self, name: str) -> Any:
+        self._dispatcher.enable_caching()  # which puts the cache itself in our place
+        return getattr(self._dispatcher._cache, name)
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    # Without numba's run-time (_nrt) no kernel can allocate and none counts references. For every record or array that
+    # one kernel hands to another that would be an atomic increment and decrement: a third of a worker's time, once.
+    dispatcher = numba.njit(_nrt=False, **_OPTIONS, **options)(function)
+    dispatcher._cache = _LateCache(dispatcher)
+    return dispatcher
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile on first call for the types it is called with; callers keep to one set of types.
-
-    Without numba's run-time (_nrt) no kernel can allocate and none counts references. For every record or array that
-    one kernel hands to another that would be an atomic increment and decrement: a third of a worker's time, once.
-    """
-    return numba.njit(_nrt=False, **_OPTIONS)(function)
+    """Compile on first call for the types it is called with; callers keep to one set of types."""
+    return _compiled(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
@@ -26,4 +45,4 @@ def inlined(function: Callable[..., Any]) -> Any:
 
     Every array is seven of them, and a call passes those that do not fit into registers by the stack.
     """
-    return numba.njit(_nrt=False, forceinline=True, **_OPTIONS)(function)
+    return _compiled(function, forceinline=True)
