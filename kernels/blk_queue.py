@@ -195,7 +195,8 @@ def serve_ring(work, ring):
         if done % AHEAD == 0 and available > 1 and not ring.packed and ring.resubmit_next == ring.resubmit_count:
             look_ahead(ring, work.regions, work.copied, min(available, AHEAD))
             lap(work.board, stage.AHEAD)
-        error = serve_next(work, ring, available == 1 and work.board.copies == 0)
+        alone = ring.took == 1 and done == 0 if ring.packed else available == 1
+        error = serve_next(work, ring, alone and work.board.copies == 0)
         if error != OK:
             break
         done += 1
@@ -215,6 +216,7 @@ def serve_ring(work, ring):
     tell_under_way(ring)
     if ring.unpublished:
         show(work, ring)
+    ring.took = done
     if error == MISS:
         wait_for_translation(work, ring)
     elif error != OK:

@@ -43,6 +43,7 @@ RING = np.dtype(
         ("unpublished", "<i8"),  # chains given back since the last `publish`
         ("under_way", "<i8"),  # chains taken that somebody else is doing (kernels.request)
         ("blocked", "<i8"),  # 1 when chains wait in the ring for something under way to end
+        ("took", "<i8"),  # chains of the last turn that had any: a packed ring does not tell how many there are
         ("header", "<u8"),  # of the last request that came alone: the driver is likely to put the next one there too
         ("requests", "<u8"),
         ("errors", "<u8"),

@@ -4,7 +4,11 @@ Property tests draw new examples in every run by hand, and the same in every run
 """
 
 import os
+import runpy
+import tempfile
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 from vvupipe.workers import kernel_cache
@@ -16,3 +20,11 @@ for _name, _value in kernel_cache.environment().items():
 settings.register_profile("by hand", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "by hand")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist starts its processes
+def pytest_sessionstart(session):
+    """Have the kernels compiled, which two processes would do at once, each within the time limit of its first test."""
+    if not hasattr(session.config, "workerinput") and not kernel_cache.is_warm():
+        with tempfile.TemporaryDirectory() as folder:
+            runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "real_demo.py"))["compile_kernels"](Path(folder))

@@ -8,12 +8,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
-from guest_kit import ROOT, Console, initramfs, kernel, load_script, missing
+from guest_kit import ROOT, Console, initramfs, kernel, missing
 
 from vvupipe.vm.qemu_backend import is_listening
 from vvupipe.workers import kernel_cache
@@ -40,13 +38,6 @@ def host_root_initramfs():
         return initramfs.build(kernel(), host_root=True)
     except initramfs.MissingPart as error:
         return missing(str(error))
-
-
-@functools.cache
-def compile_kernels():
-    """Have the host's kernel cache filled: an emulated guest takes minutes to compile them."""
-    with tempfile.TemporaryDirectory() as folder:
-        load_script("real_demo").compile_kernels(Path(folder))
 
 
 def guest_command(*arguments):
@@ -83,7 +74,6 @@ class DeviceVm:
         self._backends = 0
 
     def __enter__(self):
-        compile_kernels()
         runtime = self.folder / "runtime"
         runtime.mkdir(mode=0o700, exist_ok=True)
         self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(ROOT)}

@@ -126,6 +126,33 @@ def test_image_that_shrinks_gives_errors_and_no_death(image):
     in_scene(image, story)
 
 
+def test_image_that_shrinks_under_several_requests_at_once(image):
+    """They are copied together, and only those behind the end fail."""
+
+    async def story(scene):
+        await scene.give_memory()
+        ring = DriverRing(scene.memory)
+        disks = [BlkDriver(ring) for _ in range(4)]
+        await scene.pool.start_vring(scene.setup(0, ring))
+        await read(disks[0], 100)
+        os.truncate(image, 4096)
+        sectors = [100, 0, 104, 1]
+        heads = []
+        for disk, sector in zip(disks, sectors, strict=True):
+            scene.memory.pack("<IIQ", disk.header, 0, 0, sector)
+            heads.append(ring.put_chain([(disk.header, 16, False), (disk.buffer, 512, True), (disk.status, 1, True)]))
+        ring.make_available(*heads)
+        ring.kick()
+        for _ in heads:
+            await asyncio.to_thread(ring.wait_used)
+        assert [scene.memory.read(disk.status, 1)[0] for disk in disks] == [1, 0, 1, 0]
+        content = image.read_bytes()
+        assert [scene.memory.read(disk.buffer, 512) for disk in disks[1::2]] == [content[:512], content[512:1024]]
+        assert not scene.pool._slots[0].deaths
+
+    in_scene(image, story)
+
+
 def test_idle_worker_uses_no_cpu(image):
     async def story(scene):
         await scene.give_memory()
