@@ -4,7 +4,8 @@ Property tests draw new examples in every run by hand, and the same in every run
 """
 
 import os
-import runpy
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,4 +28,6 @@ def pytest_sessionstart(session):
     """Have the kernels compiled, which two processes would do at once, each within the time limit of its first test."""
     if not hasattr(session.config, "workerinput") and not kernel_cache.is_warm():
         with tempfile.TemporaryDirectory() as folder:
-            runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "real_demo.py"))["compile_kernels"](Path(folder))
+            code = f"import pathlib, real_demo; real_demo.compile_kernels(pathlib.Path({folder!r}))"
+            scripts = Path(__file__).resolve().parents[1] / "scripts"
+            subprocess.run([sys.executable, "-c", code], cwd=scripts, timeout=600, check=True)
