@@ -48,6 +48,9 @@ class SiblingInflight:
         if self._region is not None:
             try:
                 await frontend.set_inflight(self._region)
+                if ProtocolFeature.REPLY_ACK not in frontend.protocol_features:
+                    # It can refuse by hanging up only; an answer to something else tells that it did not.
+                    await frontend.get_protocol_features()
             except Refused:
                 self._lose("the back-end refused the inflight region of the one before")
             else:
