@@ -73,7 +73,7 @@ def _usable(path: Path) -> bool:
     except OSError:
         return False
     # A folder that somebody else could fill would run their code; one that was named is trusted.
-    named = "VVUPIPE_CACHE_DIR" in os.environ
+    named = bool(os.environ.get("VVUPIPE_CACHE_DIR"))
     return os.access(path, os.W_OK) and (named or path.stat().st_uid == os.getuid())
 
 
