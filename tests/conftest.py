@@ -26,7 +26,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "by hand")
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist starts its processes
 def pytest_sessionstart(session):
     """Have the kernels compiled, which two processes would do at once, each within the time limit of its first test."""
-    if not hasattr(session.config, "workerinput") and not kernel_cache.is_warm():
+    if not hasattr(session.config, "workerinput"):
         with tempfile.TemporaryDirectory() as folder:
             code = f"import pathlib, real_demo; real_demo.compile_kernels(pathlib.Path({folder!r}))"
             scripts = Path(__file__).resolve().parents[1] / "scripts"

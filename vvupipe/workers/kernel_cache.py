@@ -1,7 +1,9 @@
 """Where compiled kernels are kept.
 
-numba's own cache key is the file of the function it compiles; a change in a kernel that it calls, in another file,
-goes unseen. So the folder's name carries a digest of all kernel sources and of the versions that compiled them.
+numba's own cache key is the file of the function it compiles: where it lies, when it was last changed, its size. A
+change in a kernel that it calls, in another file, goes unseen. So the folder's name carries a digest of all kernel
+sources and of the versions that compiled them; and of numba's own key, lest a folder seem to hold kernels that numba
+will not take: those of another copy of vvupipe.
 """
 
 from __future__ import annotations
@@ -45,13 +47,18 @@ def _cpu_features() -> list[str]:
 
 
 @cache
+def _sources_digest() -> str:
+    state = hashlib.sha256()
+    for path in _kernel_sources():
+        state.update(f"{path} {path.stat().st_mtime} ".encode() + path.read_bytes())
+    return state.hexdigest()
+
+
 def digest(features: str) -> str:
     """12 hex digits that change whenever compiled kernels may. features: of the CPU that they are compiled for."""
     numba = importlib.metadata.version("numba")
-    state = hashlib.sha256(f"{sys.version} numba {numba} {CPU_NAME} {features} stages {STAGES_ON}".encode())
-    for path in _kernel_sources():
-        state.update(path.name.encode() + path.read_bytes())
-    return state.hexdigest()[:12]
+    versions = f"{sys.version} numba {numba} {CPU_NAME} {features} stages {STAGES_ON}"
+    return hashlib.sha256(f"{versions} {_sources_digest()}".encode()).hexdigest()[:12]
 
 
 def _holds_kernels(path: Path) -> bool:

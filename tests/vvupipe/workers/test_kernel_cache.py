@@ -1,5 +1,6 @@
 """The cache folder: found again, private, and another one when a kernel changes."""
 
+import os
 import shutil
 
 import pytest
@@ -23,15 +24,42 @@ def test_folder_falls_back_when_home_cannot_be_written(tmp_path, monkeypatch):
     assert kernel_cache.folder().is_relative_to(tmp_path)
 
 
-def test_digest_changes_with_any_kernel(tmp_path, monkeypatch):
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """Copies the kernels to a folder, as another copy of vvupipe would have them, and gives their digest there."""
     sources = kernel_cache._kernel_sources()
     assert {"chain.py", "blk_worker.py", "memory.py"} <= {path.name for path in sources}
-    for path in sources:
-        shutil.copy(path, tmp_path)
-    monkeypatch.setattr(kernel_cache, "_kernel_sources", lambda: sorted(tmp_path.glob("*.py")))
-    before = kernel_cache.digest.__wrapped__("")
-    (tmp_path / "chain.py").write_text("# changed\n")
-    assert kernel_cache.digest.__wrapped__("") != before
+
+    def digest(name):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        for path in sources:
+            if not (folder / path.name).exists():
+                shutil.copy2(path, folder)
+        monkeypatch.setattr(kernel_cache, "_kernel_sources", lambda: sorted(folder.glob("*.py")))
+        kernel_cache._sources_digest.cache_clear()
+        return kernel_cache.digest("")
+
+    yield digest
+    monkeypatch.undo()
+    kernel_cache._sources_digest.cache_clear()
+
+
+def test_digest_changes_with_any_kernel(copied, tmp_path):
+    before = copied("copy")
+    assert copied("copy") == before
+    times = os.stat(tmp_path / "copy" / "chain.py")
+    (tmp_path / "copy" / "chain.py").write_text("# changed\n")
+    os.utime(tmp_path / "copy" / "chain.py", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert copied("copy") != before
+
+
+def test_digest_changes_with_what_numba_looks_at(copied, tmp_path):
+    """Else a folder would seem warm that holds another copy's kernels, and each of this one's is compiled anew."""
+    before = copied("copy")
+    assert copied("another copy") != before
+    os.utime(tmp_path / "copy" / "chain.py", ns=(1, 1))
+    assert copied("copy") != before
 
 
 def test_environment_points_numba_to_the_cache(tmp_path, monkeypatch):
