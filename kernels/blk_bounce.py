@@ -6,11 +6,11 @@ device VM sees of its sibling, has none to pin, and the system call ends with EF
 
 from numba import int64, uint64
 
+from kernels.blk_disk import BOUNCE_BYTES
 from kernels.jit import kernel
 from kernels.memory import EINTR, copy_bytes, last_errno, libc_pread, libc_pwrite
 from kernels.status import ERR_IO, OK
 
-BOUNCE_BYTES = 1 << 20
 _ZERO = uint64(0)
 
 

@@ -1,9 +1,16 @@
 """The image as its worker keeps it, and what bounds requests. Plain, no numba."""
 
+import mmap
+
 import numpy as np
 
 #: Segments that a request may have when somebody else than the worker does it; longer ones are done on the spot.
 SEGMENTS_EACH = 256
+#: Room for what is read or written by way of this process.
+BOUNCE_BYTES = 1 << 20
+GRANULE_SHIFT = 16
+#: Bytes that mincore writes for a granule of the mapping.
+VECTOR_BYTES = max(1, (1 << GRANULE_SHIFT) // mmap.PAGESIZE)
 
 DISK = np.dtype(
     [
@@ -22,7 +29,7 @@ DISK = np.dtype(
         ("vector_address", "<u8"),  # room for what mincore tells of a granule
         ("id_address", "<u8"),  # BLK_ID_BYTES of serial, zero-padded
         ("bus_errors", "<u8"),  # address of control_block.WORKER.bus_errors
-        ("bounce_address", "<u8"),  # blk_bounce.BOUNCE_BYTES of this process
+        ("bounce_address", "<u8"),  # BOUNCE_BYTES of this process
         ("bounces", "<i8"),  # 1: the kernel refused guest memory once, so do not try again
         ("direct", "<i8"),  # 1: opened with O_DIRECT, which not every piece of guest memory is aligned for
         ("nowait", "<i8"),  # 1: try to read without waiting for the disk (RWF_NOWAIT) before somebody else reads

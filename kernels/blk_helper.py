@@ -4,7 +4,8 @@ from numba import int32, uint32, uint64
 
 from kernels.blk_io import flush, read_sectors, write_sectors
 from kernels.blk_ranges import discard, write_zeroes
-from kernels.helper import DONE, GIVEN, state_address
+from kernels.helper import state_address
+from kernels.helper_record import DONE, GIVEN
 from kernels.jit import kernel
 from kernels.memory import libc_read, load_acquire_u32, ring_eventfd, store_release_u32
 from kernels.request import room_of

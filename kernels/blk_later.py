@@ -6,7 +6,7 @@ work: blk_work.BlockWork, in every kernel here.
 import numpy as np
 from numba import int32, int64, uint64
 
-from kernels import helper, uring
+from kernels import helper, helper_record, uring
 from kernels import stage_layout as stage
 from kernels.blk_answer import answer
 from kernels.blk_disk import SEGMENTS_EACH
@@ -43,7 +43,7 @@ def start_helpers(work):
     """Give waiting requests to idle helpers."""
     index = 0
     while work.board.first_waiting != NOBODY and work.board.free_helpers > 0 and index < work.helpers.shape[0]:
-        if helper.state_of(work.helpers, index) == helper.IDLE:
+        if helper.state_of(work.helpers, index) == helper_record.IDLE:
             work.board.free_helpers -= 1
             helper.give(work.helpers, index, next_waiting(work.board, work.requests))
         index += 1
@@ -283,7 +283,7 @@ def collect_helpers(work):
     """End what helpers have done. Returns how many requests ended."""
     ended = 0
     for index in range(work.helpers.shape[0]):
-        if helper.state_of(work.helpers, index) != helper.DONE:
+        if helper.state_of(work.helpers, index) != helper_record.DONE:
             continue
         slot = helper.take_back(work.helpers, index)
         work.board.free_helpers += 1

@@ -15,11 +15,11 @@ from kernels.blk_io import check_range, get_id, read_at_once
 from kernels.blk_later import collect, copy_now, do_later, hand_on_open, keep
 from kernels.blk_lookahead import AHEAD, look_ahead
 from kernels.blk_request import parse_request, total_bytes
-from kernels.chain import SEGMENTS_MAX
 from kernels.image_map import can_copy, copy_through_map
 from kernels.jit import inlined, kernel
 from kernels.memory import prefetch_write, ring_eventfd
-from kernels.request import COPIES_MAX, copy_rows, has_room
+from kernels.request import copy_rows, has_room
+from kernels.request_record import COPIES_MAX, SEGMENTS_MAX
 from kernels.stages import lap
 from kernels.status import COPY, ERR_BAD_ADDRESS, ERR_BAD_REQUEST, ERR_NO_STATUS, ERR_UNSUPPORTED, LATER, MISS, OK
 from kernels.virtio_layout import (

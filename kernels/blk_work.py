@@ -16,16 +16,16 @@ class BlockWork(NamedTuple):
     disk: Record  # blk_disk.DISK
     regions: npt.NDArray[np.uint64]  # [m, 5], what drivers' addresses mean (kernels.regions)
     memory: npt.NDArray[np.uint64]  # [m, 5], the front-end's memory table
-    segments: npt.NDArray[np.uint64]  # [request.SEGMENT_ROWS, 2], the chain in hand first
+    segments: npt.NDArray[np.uint64]  # [request_record.SEGMENT_ROWS, 2], the chain in hand first
     copied: npt.NDArray[np.uint64]  # [32768, 2], a chain copied out of its ring
-    board: Record  # request.BOARD
-    copies: npt.NDArray[np.int64]  # [request.COPIES_MAX], slots of requests to be done by copying
-    requests: npt.NDArray[np.void]  # request.REQUEST[REQUESTS_MAX]
+    board: Record  # request_record.BOARD
+    copies: npt.NDArray[np.int64]  # [request_record.COPIES_MAX], slots of requests to be done by copying
+    requests: npt.NDArray[np.void]  # request_record.REQUEST[REQUESTS_MAX]
     uring: Record  # uring_layout.URING; fd -1: none
     buffers: npt.NDArray[np.uint64]  # [b, 2], address and bytes of the registered buffers, by address; may be none
     tokens: npt.NDArray[np.uint64]  # [n], room for what io_uring tells
     results: npt.NDArray[np.int64]  # [n]
-    helpers: npt.NDArray[np.void]  # helper.HELPER[h], may be none
+    helpers: npt.NDArray[np.void]  # helper_record.HELPER[h], may be none
     scratch: np.uint64  # address of 64 bytes of this thread
     one: np.uint64  # address of a 64-bit 1
     notice_fd: np.int32  # eventfd that tells the coordinator to look at the control block

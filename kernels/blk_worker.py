@@ -10,7 +10,7 @@ from kernels import control_block as cb
 from kernels import stage_layout as stage
 from kernels import uring
 from kernels.blk_queue import end_some, serve_ring
-from kernels.jit import kernel
+from kernels.jit import kernel, spliced
 from kernels.memory import drain_eventfd, libc_poll, load_u64
 from kernels.stages import lap
 from kernels.status import ERR_MEMORY_GONE
@@ -39,7 +39,7 @@ def check_memory(loop, work):
             break_ring(work.rings[k], ERR_MEMORY_GONE, loop.one)
 
 
-@kernel
+@spliced
 def serve_some(loop, work):
     """One turn: for the ring that had work last, now and then for every running one. Returns requests taken."""
     if not look_at_all(loop):
@@ -75,11 +75,11 @@ def hear(work, pollfds):
             pollfds[k].revents = np.int16(0)
 
 
-@kernel
+@spliced
 def serve(loop, pollfds, work):
     """Serve work.rings until a command waits. Requests may be under way when this returns.
 
-    loop: worker_loop.LOOP. pollfds: POLLFD[n + 1 + OWN_POLLFDS], entry 0 and the last ones set. work: BlockWork.
+    loop: loop_record.LOOP. pollfds: POLLFD[n + 1 + OWN_POLLFDS], entry 0 and the last ones set. work: BlockWork.
     """
     begin(loop, work.rings, work.running)
     lap(work.board, stage.COMMANDS)

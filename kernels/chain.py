@@ -11,6 +11,7 @@ from kernels import control_block as cb
 from kernels.jit import kernel
 from kernels.memory import load_u64, store_u32, store_u64
 from kernels.regions import contiguous, locate
+from kernels.request_record import SEGMENTS_MAX
 from kernels.status import (
     ERR_CHAIN_TOO_LONG,
     ERR_DIRECTION,
@@ -23,9 +24,6 @@ from kernels.virtio_layout import ACCESS_READ, ACCESS_WRITE, DESC_F_INDIRECT, DE
 
 #: Drivers put more segments into an indirect table than a small queue has slots, and QEMU lets them, up to 1024.
 INDIRECT_MAX = 1024
-#: Room for the longest chain, each descriptor of which may lie across a border between two regions.
-SEGMENTS_MAX = 2 * 32768
-
 _MISS_IOVA = np.uint64(cb.offset_of(cb.VRING, "miss_iova"))
 _MISS_ACCESS = np.uint64(cb.offset_of(cb.VRING, "miss_access"))
 _LEN_MASK = np.uint64(0xFFFFFFFF)

@@ -8,10 +8,6 @@ from kernels.driver_ring import drain_call, refuse_calls, want_calls
 from kernels.jit import kernel
 from kernels.memory import libc_poll, libc_sched_yield, load_acquire_u32, monotonic_ns, spin_hint
 
-#: struct pollfd (poll(2)); entry 0 is the command socket, entry 1 the call eventfd.
-POLLFD = np.dtype([("fd", "<i4"), ("events", "<i2"), ("revents", "<i2")])
-POLLIN = 1
-
 _ATTENTION = np.uint64(layout.VCPU.fields["attention"][1])
 _SPIN_MIN_NS = 2_000  # about one wake-up spared
 _POLITE_AFTER_NS = 5_000  # from then on let others have the CPU between two looks

@@ -8,14 +8,12 @@ when it was not true any more, one page fault is what that costs.
 import numpy as np
 from numba import int32, int64, uint8, uint64
 
+from kernels.blk_disk import GRANULE_SHIFT
 from kernels.jit import inlined, kernel
 from kernels.memory import PAGE_BYTES, libc_mincore, libc_mmap, load_u8, load_u64, prefetch, store_u8
 from kernels.status import ERR_IO, OK
 from kernels.wide_copy import copy_block
 
-GRANULE_SHIFT = 16
-#: Bytes that mincore writes for a granule.
-VECTOR_BYTES = max(1, (1 << GRANULE_SHIFT) // PAGE_BYTES)
 MARK_MAX = 255
 #: Above this a system call is as fast as a copy.
 COPY_MAX_BYTES = np.uint64(256 << 10)

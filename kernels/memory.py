@@ -13,6 +13,7 @@ import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
 
 from kernels.jit import kernel
 
@@ -172,6 +173,37 @@ def _has_avx2() -> bool:
     if numba.config.CPU_FEATURES is None:
         return IS_X86 and bool(llvm.get_host_cpu_features().get("avx2"))
     return "+avx2" in numba.config.CPU_FEATURES.split(",")
+
+
+@intrinsic
+def records_at(typing_context, address, count, dtype):
+    """The array of `count` elements of a dtype that lies at an address."""
+    kind = types.Array(dtype.dtype, 1, "C")
+
+    def generate(context, builder, signature, arguments):
+        item = context.get_data_type(kind.dtype)
+        item_bytes = context.get_constant(types.intp, context.get_abi_sizeof(item))
+        array = make_array(kind)(context, builder)
+        data = builder.inttoptr(arguments[0], item.as_pointer())
+        populate_array(array, data, [arguments[1]], [item_bytes], item_bytes, None)
+        return array._getvalue()
+
+    return kind(types.uint64, types.int64, dtype), generate
+
+
+@intrinsic
+def table_at(typing_context, address, rows, columns):
+    """The uint64[rows, columns] that lies at an address."""
+    kind = types.Array(types.uint64, 2, "C")
+
+    def generate(context, builder, signature, arguments):
+        eight = ir.Constant(ir.IntType(64), 8)
+        array = make_array(kind)(context, builder)
+        data = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        populate_array(array, data, list(arguments[1:]), [builder.mul(arguments[2], eight), eight], eight, None)
+        return array._getvalue()
+
+    return kind(types.uint64, types.int64, types.int64), generate
 
 
 LINE_BYTES = 64

@@ -1,21 +1,13 @@
 """Driver addresses to process addresses, bounds-checked.
 
-A region table is uint64[n, 5] of this process: address of the driver (guest-physical, or I/O virtual when an IOMMU
-translates), size in bytes, address here, front-end user address, permissions; its rows are sorted by the first column
-and do not overlap.
+The columns are those of region_table.
 """
 
 import numpy as np
 
 from kernels.jit import kernel
+from kernels.region_table import ACCESS, ADDRESS, GPA, SIZE, UVA
 from kernels.virtio_layout import ACCESS_REFUSED
-
-GPA = 0
-SIZE = 1
-ADDRESS = 2
-UVA = 3
-ACCESS = 4
-COLUMNS = 5
 
 _ZERO = np.uint64(0)
 

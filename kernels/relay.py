@@ -5,8 +5,6 @@ counter of 64 bits does not fill up). Two vrings that share an eventfd are both 
 was there is told when the route is added. The user data is the fd to signal: there is no table to look up.
 """
 
-import platform
-
 import numpy as np
 from numba import int32, uint64
 
@@ -20,23 +18,8 @@ from kernels.memory import (
     store_release_u32,
     store_u64,
 )
+from kernels.relay_record import EVENT, EVENT_BYTES, EVENTS_MAX, STATE, WAKE
 
-#: epoll_event: le32 events, 64-bit user data; packed on x86-64, aligned elsewhere (linux/eventpoll.h)
-EVENT = np.dtype([("events", "<u4"), ("data", "<u8")], align=platform.machine() != "x86_64")
-EVENT_BYTES = EVENT.itemsize
-EVENTS_MAX = 64
-
-#: What both sides of the relay share, in memory of this process.
-STATE = np.dtype(
-    [
-        ("asked", "<u4"),  # counted up by the control plane
-        ("seen", "<u4"),  # the last `asked` that the thread saw between two batches
-        ("stop", "<u4"),
-        ("_pad", "<u4"),
-        ("relayed", "<u8"),
-        ("one", "<u8"),  # a 64-bit 1, what is written to an eventfd
-    ]
-)
 _DATA = np.uint64(EVENT.fields["data"][1])
 _ASKED = np.uint64(STATE.fields["asked"][1])
 _SEEN = np.uint64(STATE.fields["seen"][1])
@@ -44,7 +27,6 @@ _STOP = np.uint64(STATE.fields["stop"][1])
 _RELAYED = np.uint64(STATE.fields["relayed"][1])
 _ONE = np.uint64(STATE.fields["one"][1])
 
-WAKE = 0xFFFFFFFF  #: user data of the eventfd by which the control plane makes itself heard
 _FAILURES_MAX = 1000  # EINTR is the only passing failure of epoll_wait; a closed fd fails at once, for ever
 
 

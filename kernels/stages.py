@@ -20,7 +20,7 @@ _CALIBRATION_NS = 20_000_000
 
 @inlined
 def lap(board, stage):
-    """The stage `stage` (stage_layout) ends here, and another begins. board: request.BOARD, for its `stages`."""
+    """The stage `stage` (stage_layout) ends here, and another begins. board: request_record.BOARD, for its `stages`."""
     if STAGES_ON:
         now = cycle_counter()
         record = board.stages

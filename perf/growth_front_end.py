@@ -133,7 +133,7 @@ async def connected(
     link = mock.Frontend(str(running.socket), timeout_s=30)
     fds: list[int] = []
     try:
-        await vcpu.start(ram_fd, MEM_BYTES, ["workload"])
+        await vcpu.start(ram_fd, MEM_BYTES)
         features = mock.F_VERSION_1 | mock.F_PROTOCOL_FEATURES | mock.F_EVENT_IDX | mock.F_INDIRECT | mock.F_BLK_FLUSH
         link.negotiate(features, mock.MQ | mock.REPLY_ACK | mock.CONFIG | mock.MEM_SLOTS)
         _set_memory(link, ram_fd, cut(MEM_BYTES, regions, first_bytes))

@@ -6,7 +6,6 @@ Property tests draw new examples in every run by hand, and the same in every run
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,9 @@ from vvupipe.workers import kernel_cache
 
 for _name, _value in kernel_cache.environment().items():
     os.environ.setdefault(_name, _value)
+# numba's cache is not made for two processes that compile the same kernel: each of pytest-xdist's has one of its own.
+if _worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["NUMBA_CACHE_DIR"] = str(kernel_cache.folder() / _worker)
 
 # The first example may have to compile a kernel, and machines are shared: no example has a deadline.
 settings.register_profile("by hand", deadline=None)
@@ -27,7 +29,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "by hand")
 def pytest_sessionstart(session):
     """Have the kernels compiled, which two processes would do at once, each within the time limit of its first test."""
     if not hasattr(session.config, "workerinput"):
-        with tempfile.TemporaryDirectory() as folder:
-            code = f"import pathlib, real_demo; real_demo.compile_kernels(pathlib.Path({folder!r}))"
-            scripts = Path(__file__).resolve().parents[1] / "scripts"
-            subprocess.run([sys.executable, "-c", code], cwd=scripts, timeout=600, check=True)
+        code = "import sys; from vvupipe.workers.kernel_library import KernelLibrary; KernelLibrary(sys.argv[1])"
+        root = Path(__file__).resolve().parents[1]
+        compiling = [
+            subprocess.Popen([sys.executable, "-c", code, name], cwd=root) for name in ("blk", "driver", "relay")
+        ]
+        assert [each.wait(600) for each in compiling] == [0, 0, 0]

@@ -6,14 +6,12 @@ import os
 import numpy as np
 
 from kernels import control_block as cb
-from kernels.blk_bounce import BOUNCE_BYTES
-from kernels.blk_disk import DISK
+from kernels.blk_disk import BOUNCE_BYTES, DISK, GRANULE_SHIFT, VECTOR_BYTES
 from kernels.blk_queue import end_some, serve_ring
 from kernels.blk_work import BlockWork
 from kernels.blk_worker import OWN_POLLFDS, drain
-from kernels.image_map import GRANULE_SHIFT, VECTOR_BYTES
-from kernels.request import COPIES_MAX
-from kernels.worker_loop import POLLFD, POLLIN
+from kernels.loop_record import POLLFD, POLLIN
+from kernels.request_record import COPIES_MAX
 from tests.kernels.others import shared
 from tests.kernels.ring_pair import ONE
 from tests.model.blk import BlockModel

@@ -6,7 +6,7 @@ import numpy as np
 
 from kernels import driver_layout as layout
 from kernels import driver_ring
-from kernels.driver_wait import POLLFD
+from kernels.loop_record import POLLFD
 from tests.mock.blk_device import BlkDevice
 
 RAM_BYTES = 1 << 20

@@ -6,10 +6,9 @@ import os
 
 import numpy as np
 
-from kernels import blk_helper, helper
-from kernels.blk_bounce import BOUNCE_BYTES
-from kernels.blk_disk import DISK
-from kernels.request import BOARD, NOBODY, REQUEST, REQUESTS_MAX, SEGMENT_ROWS, lay_out
+from kernels import blk_helper, helper_record
+from kernels.blk_disk import BOUNCE_BYTES, DISK
+from kernels.request_record import BOARD, NOBODY, REQUEST, REQUESTS_MAX, SEGMENT_ROWS, lay_out
 from kernels.uring_layout import URING
 from vvupipe.workers.helpers import Helpers
 from vvupipe.workers.io_uring import IoUring
@@ -46,7 +45,7 @@ class Others:
         lay_out(self.boards, self.requests)
         self.boards["free_helpers"] = len(self.helpers.records)
         if not self._threads:
-            self.helpers.records["state"] = helper.IDLE  # of a test that failed
+            self.helpers.records["state"] = helper_record.IDLE  # of a test that failed
         self.disks[:] = disk
         self.disks["bounce_address"] = [room.ctypes.data for room in self._rooms]
         if self._uring:
@@ -59,7 +58,7 @@ class Others:
 
     def given(self):
         """Indices of the helpers that have a request."""
-        return np.flatnonzero(self.helpers.records["state"] == helper.GIVEN).tolist()
+        return np.flatnonzero(self.helpers.records["state"] == helper_record.GIVEN).tolist()
 
     def request_of(self, index):
         """What a helper was given: REQUEST."""
@@ -81,7 +80,7 @@ class Others:
                 request["write_through"],
             )
         request["status"] = status
-        self.helpers.records["state"][index] = helper.DONE
+        self.helpers.records["state"][index] = helper_record.DONE
         os.eventfd_write(self.helpers.done_fd, 1)
 
     def check_idle(self):

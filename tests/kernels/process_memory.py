@@ -3,7 +3,7 @@
 import numpy as np
 
 from kernels import control_block as cb
-from kernels.regions import COLUMNS
+from kernels.region_table import COLUMNS
 from kernels.ring_record import RING
 from kernels.virtio_layout import ACCESS_BOTH
 

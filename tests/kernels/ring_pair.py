@@ -8,8 +8,8 @@ import numpy as np
 
 from kernels import control_block as cb
 from kernels import status, vring
-from kernels.chain import SEGMENTS_MAX
 from kernels.inflight_layout import part_bytes
+from kernels.request_record import SEGMENTS_MAX
 from kernels.ring_record import RING
 from tests.kernels.echo_device import KILLED, chain_buffers, echo, model_echo
 from tests.kernels.interpreted import Fields

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import blk_bounce
+from kernels import blk_bounce, blk_disk
 from kernels.status import ERR_IO, OK
 
 FILE_BYTES = 4 << 20
@@ -23,7 +23,7 @@ def file():
 
 def transfer(fd, memory, parts, offset, writing):
     """parts: (start in `memory`, size)."""
-    bounce = np.zeros(blk_bounce.BOUNCE_BYTES, np.uint8)
+    bounce = np.zeros(blk_disk.BOUNCE_BYTES, np.uint8)
     segments = np.zeros((len(parts), 2), np.uint64)
     for k, (start, size) in enumerate(parts):
         segments[k] = memory.ctypes.data + start, size

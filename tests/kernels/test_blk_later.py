@@ -11,7 +11,7 @@ import pytest
 
 from kernels import status
 from kernels.blk_queue import TURN
-from kernels.request import REQUESTS_MAX
+from kernels.request_record import REQUESTS_MAX
 from tests.kernels.batch_disk import batch_disk
 from tests.kernels.others import by_hand, shared
 from tests.kernels.test_blk_any_order import KINDS

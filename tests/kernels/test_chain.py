@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import status
-from kernels.chain import INDIRECT_MAX, SEGMENTS_MAX, read_chain
+from kernels.chain import INDIRECT_MAX, read_chain
+from kernels.request_record import SEGMENTS_MAX
 from tests.kernels.process_memory import ProcessMemory, new_ring
 
 NEXT, WRITE, INDIRECT = 1, 2, 4

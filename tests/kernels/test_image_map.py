@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kernels import image_map
-from kernels.blk_disk import DISK
-from kernels.image_map import COPY_MAX_BYTES, GRANULE_SHIFT, MARK_MAX
+from kernels.blk_disk import DISK, GRANULE_SHIFT
+from kernels.image_map import COPY_MAX_BYTES, MARK_MAX
 from tests.kernels.batch_disk import batch_disk
 from tests.kernels.others import by_hand, shared
 from tests.kernels.test_blk_any_order import KINDS

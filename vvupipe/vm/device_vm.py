@@ -29,7 +29,6 @@ from vvupipe.vm.guest_ram import SLOT_BYTES, GuestRam
 from vvupipe.vm.lspci import SYSFS, function_line, lspci_lines
 from vvupipe.vm.pci_bus import PciBus
 from vvupipe.vm.runtime_folder import RuntimeFolder
-from vvupipe.workers import kernel_cache
 
 if TYPE_CHECKING:
     from vvupipe.vm.qemu_device_vm import QemuDeviceVmOptions
@@ -246,10 +245,7 @@ def parse_uuid(text: str | None) -> bytes:
 
 
 def start_relay() -> Any:
-    """The VM's KickRelay, its kernel compiled to and taken from the cache."""
-    # numba reads these when it is imported, which happens here and not before.
-    os.environ.update(kernel_cache.environment())
-    logging.getLogger("numba").setLevel(logging.WARNING)  # at -vv it would tell of every bytecode it compiles
+    """The VM's KickRelay."""
     from vvupipe.vvu.kick_relay import KickRelay
 
     return KickRelay()

@@ -26,7 +26,6 @@ from vvupipe.vm.sibling_workload import (
     WorkloadResult,
     WorkloadSpec,
     check_against_disk,
-    kernels_for,
     run_workload,
 )
 from vvupipe.vm.vcpu import SPIN_MAX_NS
@@ -108,7 +107,7 @@ async def open_disk(options: SiblingOptions, say: Callable[[str], None] = _say) 
         say=say,
     )
     try:
-        await disk.open(kernels_for(options.workload))
+        await disk.open()
         yield disk
     finally:
         await disk.close()

@@ -102,12 +102,12 @@ class SiblingDisk:
         """Requests that can be in flight in one vring."""
         return tags_max(self.layout.queue_size, indirect=self.facts.has(F_RING_INDIRECT_DESC))
 
-    async def open(self, kernels: Sequence[str]) -> None:
-        """Start the vCPUs with `kernels` loaded, connect, start the vrings.
+    async def open(self) -> None:
+        """Start the vCPUs, connect, start the vrings.
 
         Raises: UserError when no back-end comes or has too few queues; ProtocolError, WorkerError.
         """
-        starting = asyncio.create_task(self._start_vcpus(kernels))
+        starting = asyncio.create_task(self._start_vcpus())
         connecting = asyncio.create_task(self._connect())
         try:
             # Whichever fails first ends it: nobody waits for a back-end with vCPUs that cannot start.
@@ -127,12 +127,9 @@ class SiblingDisk:
         self._supervisor = asyncio.create_task(self._supervise())
         self._supervisor.add_done_callback(self._supervisor_ended)
 
-    async def _start_vcpus(self, kernels: Sequence[str]) -> None:
-        # The first one fills the cache of compiled kernels, the others find them there.
-        for group in (self.vcpus[:1], self.vcpus[1:]):
-            await asyncio.gather(
-                *(v.start(self._ram_fd, self.layout.mem_bytes, kernels, huge=self.pages is not None) for v in group)
-            )
+    async def _start_vcpus(self) -> None:
+        huge = self.pages is not None
+        await asyncio.gather(*(each.start(self._ram_fd, self.layout.mem_bytes, huge=huge) for each in self.vcpus))
 
     async def _connect(self) -> None:
         """Find the back-end and negotiate, again and again until it does not leave in between."""

@@ -159,7 +159,7 @@ async def run_workload(
     progress: Callable[[float, int, int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> WorkloadResult:
-    """Run `spec` on an open disk whose vCPUs have its kernel loaded (`kernels_for`).
+    """Run `spec` on an open disk.
 
     stop: ends the workload early when set. progress: called each second with seconds, requests and bytes so far.
     Raises: UserError; TransportError, ProtocolError, WorkerError as SiblingDisk.run_jobs.
@@ -198,11 +198,6 @@ async def run_workload(
         unfinished=unfinished,
         interrupted=bool(stop and stop.is_set()),
     )
-
-
-def kernels_for(workload: str | None) -> list[str]:
-    """The kernels that a vCPU needs for a workload, and for what is done in any case."""
-    return ["transfer", *([] if workload is None else [VERIFY if workload == VERIFY else "workload"])]
 
 
 def _job(disk: SiblingDisk, spec: WorkloadSpec, range_bytes: int, index: int, seed: int) -> dict[str, Any]:

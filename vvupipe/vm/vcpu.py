@@ -88,8 +88,8 @@ class Vcpu:
     def _raise_attention(self) -> None:
         self._record["attention"] += np.uint32(1)
 
-    async def start(self, ram_fd: int, mem_bytes: int, kernels: Sequence[str], *, huge: bool = False) -> None:
-        """Start the process and have it load (the first time: compile) `kernels`. huge: the RAM is in huge pages.
+    async def start(self, ram_fd: int, mem_bytes: int, *, huge: bool = False) -> None:
+        """Start the process and have it load (the first time: compile) its kernels. huge: the RAM is in huge pages.
 
         Raises: WorkerError.
         """
@@ -107,7 +107,6 @@ class Vcpu:
             "huge": huge,
             "control_bytes": self._control.size_bytes,
             "spin_max_ns": self._spin_max_ns,
-            "kernels": list(kernels),
         }
         await self._handle.command(opening, [ram_fd, self._control.fd, self._done_fd], OPEN_TIMEOUT_S)
 

@@ -11,24 +11,19 @@ import os
 import select
 import socket
 import sys
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kernels import driver_layout as layout
-from kernels import driver_ring, driver_transfer, driver_verify, driver_workload
-from kernels.driver_wait import POLLFD, POLLIN
+from kernels.driver_parts import PARTS
+from kernels.loop_record import POLLFD, POLLIN
 from vvupipe.errors import WorkerError
 from vvupipe.memory.mapping import Mapping
 from vvupipe.workers import commands
 from vvupipe.workers.executor import CommandExecutor, command_socket
+from vvupipe.workers.kernel_library import KernelLibrary
 
-KERNELS = {
-    "workload": driver_workload.drive,
-    "verify": driver_verify.drive_verify,
-    "transfer": driver_transfer.transfer,
-}
 _SHARED_COUNTERS_KEPT = ("attention", "finished_jobs")
 
 
@@ -48,7 +43,8 @@ class VcpuProcess(CommandExecutor):
         self._pollfds = np.zeros(2, POLLFD)
         self._pollfds["events"] = POLLIN
         self._pollfds["fd"] = (sock.fileno(), -1)
-        self._kernel: Any = None
+        self._parts = np.zeros(1, PARTS)
+        self._job_kernel: str | None = None
         self._file_fd = -1
         self._live = False
 
@@ -57,27 +53,33 @@ class VcpuProcess(CommandExecutor):
         if not self.take_first_command():
             return
         while True:
-            busy = self._kernel is not None and self._live
+            busy = self._job_kernel is not None and self._live
             # The attention word is read before the socket is emptied: a command sent meanwhile raises it again.
             self._wait["attention_seen"] = self._record["attention"]
             if not busy:
                 select.select([self._sock], [], [])
             if not self.take_commands():
                 return
-            if self._kernel is not None and self._live:
+            if self._job_kernel is not None and self._live:
                 self._enter_kernel()
 
     def _enter_kernel(self) -> None:
-        status = self._call(self._kernel)
+        assert self._job_kernel is not None
+        status = self._call(self._job_kernel)
         if status != layout.COMMAND:
             self._finish(status)
 
-    def _call(self, kernel: Any) -> int:
-        arguments = (self._tags, self._heads, self._job[0], self._record[0], self._directions, self._histograms)
-        return int(kernel(self._wait[0], self._ring[0], self._pollfds, *arguments))
+    def _call(self, entry: str) -> int:
+        """Call one of kernels/driver_entries.py."""
+        parts = self._parts
+        for name in ("wait", "ring", "pollfds", "tags", "heads", "job", "record", "directions", "histograms"):
+            parts[name] = getattr(self, f"_{name}").ctypes.data
+        parts["num_tags"] = len(self._tags)
+        parts["num_heads"] = len(self._heads)
+        return self._kernels.call(entry, parts.ctypes.data)
 
     def _finish(self, status: int) -> None:
-        self._kernel = None
+        self._job_kernel = None
         if self._file_fd >= 0:
             os.close(self._file_fd)
             self._file_fd = -1
@@ -87,7 +89,7 @@ class VcpuProcess(CommandExecutor):
         os.eventfd_write(self._done_fd, 1)
 
     def _do_open(self, fields: commands.Fields, fds: list[int]) -> None:
-        """fds: guest RAM, control memory, done eventfd. Compiles the kernels that are named."""
+        """fds: guest RAM, control memory, done eventfd."""
         os.sched_setaffinity(0, fields["cpus"])
         self._huge = bool(fields["huge"])
         self._ram = Mapping(fds[0], int(fields["mem_bytes"]), huge=self._huge)
@@ -107,21 +109,7 @@ class VcpuProcess(CommandExecutor):
         ring["ram"] = self._ram.address
         ring["one"] = self._one.ctypes.data
         ring["scratch"] = self._scratch.ctypes.data
-        self._warm_up(fields["kernels"])
-
-    def _warm_up(self, names: list[str]) -> None:
-        """Compile, or load from the cache, now rather than at the first request: a job with nothing to do."""
-        ring = self._ring[0]
-        scratch = np.zeros(8192, np.uint8)
-        base = scratch.ctypes.data + -scratch.ctypes.data % 64
-        ring["desc"], ring["avail"], ring["used"], ring["size"] = base, base + 1024, base + 2048, 1
-        driver_ring.reset_ring(ring)
-        driver_ring.resubmit(ring, self._tags, self._heads)
-        self._job["stopping"] = 1
-        for name in names:
-            self._call(KERNELS[name])
-            self._record["started_ns"] = 0
-        self._job["stopping"] = 0
+        self._kernels = KernelLibrary("driver")
 
     def _do_ring(self, fields: commands.Fields, fds: list[int]) -> None:
         """Begin with empty rings at a place of their own; what is in flight is put on them again. fds: kick, call."""
@@ -132,7 +120,7 @@ class VcpuProcess(CommandExecutor):
         for name in ("size", "event_idx", "indirect"):
             ring[name] = int(fields[name])
         self._heads = np.full(int(ring["size"]), -1, np.int32)
-        driver_ring.reset_ring(ring)
+        self._call("reset_ring")
 
     def _do_eventfds(self, fields: commands.Fields, fds: list[int]) -> None:
         """Another kick and call; the ring stays as it is. fds: kick, call."""
@@ -145,13 +133,13 @@ class VcpuProcess(CommandExecutor):
 
     def _do_go(self, fields: commands.Fields, fds: list[int]) -> None:
         """The back-end has the vring: put what was in flight, and go on with the job."""
-        driver_ring.resubmit(self._ring[0], self._tags, self._heads)
+        self._call("resubmit")
         self._live = True
 
     def _do_go_on(self, fields: commands.Fields, fds: list[int]) -> None:
         """Another back-end has the vring as it is: go on with the job. A kick may have gone to the old one, unheard."""
         ring = self._ring[0]
-        driver_ring.publish(ring)
+        self._call("publish")
         os.eventfd_write(int(ring["kick_fd"]), 1)
         self._live = True
 
@@ -161,7 +149,7 @@ class VcpuProcess(CommandExecutor):
 
     def _do_job(self, fields: commands.Fields, fds: list[int]) -> None:
         """Start a job. `job` has the fields of layout.JOB that are not 0; fds: the file of a transfer, if any."""
-        if self._kernel is not None:
+        if self._job_kernel is not None:
             raise WorkerError("the vCPU is at work")
         self._place_tags(int(fields["depth"]), int(fields["tags_gpa"]), int(fields["data_gpa"]), fields)
         job = self._job
@@ -178,8 +166,8 @@ class VcpuProcess(CommandExecutor):
             self._touch(int(fields["data_gpa"]), buffers_bytes or int(job["total_bytes"][0]))
         if fields["kernel"] == "workload":
             self._fill_buffers(int(fields["data_gpa"]), buffers_bytes)
-        driver_ring.attach_tags(self._ring[0], self._tags, self._heads)
-        self._kernel = KERNELS[fields["kernel"]]
+        self._call("attach_tags")
+        self._job_kernel = str(fields["kernel"])
 
     def _place_tags(self, depth: int, tags_gpa: int, data_gpa: int, fields: commands.Fields) -> None:
         self._tags = np.zeros(depth, layout.TAG)

@@ -10,8 +10,9 @@ import time
 
 import numpy as np
 
-from kernels import relay as kernel
+from kernels import relay_record as layout
 from vvupipe.errors import WorkerError
+from vvupipe.workers.kernel_library import KernelLibrary
 
 _START_S = 120.0  # the first start on a machine compiles the kernel
 _SWITCH_S = 10.0
@@ -29,11 +30,11 @@ class KickRelay:
     def __init__(self) -> None:
         """Start the thread and wait until it relays. Raises: WorkerError."""
         self._epoll = select.epoll()
-        self._state = np.zeros(1, kernel.STATE)
+        self._state = np.zeros(1, layout.STATE)
         self._state["one"] = 1
-        self._events = np.zeros(kernel.EVENTS_MAX, kernel.EVENT)
+        self._events = np.zeros(layout.EVENTS_MAX, layout.EVENT)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._control(_EPOLL_CTL_ADD, self._wake, kernel.WAKE)
+        self._control(_EPOLL_CTL_ADD, self._wake, layout.WAKE)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="kick-relay", daemon=True)
         self._thread.start()
@@ -42,11 +43,8 @@ class KickRelay:
     def _run(self) -> None:
         try:
             # SAFETY: these arrays live as long as this object, which joins the thread before it goes.
-            status = kernel.relay(
-                np.int32(self._epoll.fileno()),
-                np.uint64(self._state.ctypes.data),
-                np.uint64(self._events.ctypes.data),
-            )
+            state, events = self._state.ctypes.data, self._events.ctypes.data
+            status = KernelLibrary("relay").call("relay", self._epoll.fileno(), state, events)
             if status:
                 self._failure = WorkerError("it cannot wait for its eventfds any more")
         except BaseException as error:  # `_synchronise` raises it in the thread that waits for this one
@@ -68,7 +66,7 @@ class KickRelay:
 
     def _control(self, operation: int, fd: int, signal_fd: int) -> None:
         # Not select.epoll.register: that one always puts the fd itself into the user data.
-        event = np.zeros(1, kernel.EVENT)
+        event = np.zeros(1, layout.EVENT)
         event["events"], event["data"] = select.EPOLLIN | select.EPOLLET, signal_fd
         if _libc.epoll_ctl(self._epoll.fileno(), operation, fd, ctypes.c_void_p(event.ctypes.data)):
             number = ctypes.get_errno()

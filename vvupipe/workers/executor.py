@@ -61,13 +61,13 @@ class CommandExecutor:
 def command_socket(arguments: list[str]) -> socket.socket:
     """The socket that `--fd N --parent PID` tells of, with this process tied to its parent's life."""
     fd, parent = int(arguments[1]), int(arguments[3])
-    _die_with_parent(parent)
+    die_with_parent(parent)
     # Ctrl-C reaches the whole foreground group; the coordinator decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return socket.socket(fileno=fd)
 
 
-def _die_with_parent(parent_pid: int) -> None:
+def die_with_parent(parent_pid: int) -> None:
     """Have the kernel kill us when the coordinator dies, however it dies."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:

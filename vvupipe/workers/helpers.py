@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from kernels.helper import HELPER
+from kernels.helper_record import HELPER
 
 _STACK_BYTES = 256 << 10  # kernels do not recurse
 

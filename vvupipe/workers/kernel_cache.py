@@ -62,7 +62,7 @@ def digest(features: str) -> str:
 
 
 def _holds_kernels(path: Path) -> bool:
-    return any(path.glob("**/*_worker.serve-*.nbi"))
+    return any(path.glob("*.o"))
 
 
 def _folders() -> list[Path]:
@@ -108,6 +108,11 @@ def folder() -> Path:
 def is_warm() -> bool:
     """Whether kernels were compiled into the cache before: loading them takes a fraction of that time."""
     return _holds_kernels(folder())
+
+
+def object_file(name: str) -> Path:
+    """Where the object file of kernels/NAME_entries.py is, or belongs."""
+    return folder() / f"{name}.o"
 
 
 def environment() -> dict[str, str]:

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kernels import bus_error, stages, vring, worker_loop
+from kernels import bus_error_page
 from kernels import control_block as layout
+from kernels.loop_record import LOOP, POLLFD, POLLIN
 from kernels.ring_record import RING
 from kernels.status import ERR_RING_ADDRESS, MISS, OK, TEXT
 from vvupipe.errors import WorkerError
@@ -25,6 +26,7 @@ from vvupipe.memory.mapping import Mapping
 from vvupipe.workers import commands
 from vvupipe.workers.control_block import ControlBlock
 from vvupipe.workers.executor import CommandExecutor, command_socket
+from vvupipe.workers.kernel_library import KernelLibrary
 from vvupipe.workers.worker_memory import Table, WorkerMemory
 
 log = logging.getLogger(__name__)
@@ -62,8 +64,18 @@ _COUNTERS = (
 class DeviceKernel(Protocol):
     """The device's part of a worker."""
 
-    def open(self, fields: commands.Fields, fds: list[int], loop: npt.NDArray[np.void], num_vrings: int) -> list[int]:
-        """Take over the device's own fds and numbers. loop: worker_loop.LOOP, for its addresses.
+    #: Its kernels are in kernels/LIBRARY_entries.py, with those that start and stop a vring.
+    library: str
+
+    def open(
+        self,
+        fields: commands.Fields,
+        fds: list[int],
+        kernels: KernelLibrary,
+        loop: npt.NDArray[np.void],
+        num_vrings: int,
+    ) -> list[int]:
+        """Take over the device's own fds and numbers. loop: loop_record.LOOP[1], which stays where it is.
 
         Returns the files that are polled besides kicks, -1 for none. Raises: OSError, ValueError.
         """
@@ -73,7 +85,6 @@ class DeviceKernel(Protocol):
 
     def serve(
         self,
-        loop: npt.NDArray[np.void],
         rings: npt.NDArray[np.void],
         pollfds: npt.NDArray[np.void],
         regions: Table,
@@ -82,7 +93,7 @@ class DeviceKernel(Protocol):
         """Run the device's kernel until a command waits.
 
         rings: RING[n]; pollfds: POLLFD, the command socket, then a kick for each ring, then the device's own. regions:
-        uint64[m, 5], what drivers' addresses mean; memory: uint64[m, 5], the memory table (kernels.regions).
+        uint64[m, 5], what drivers' addresses mean; memory: uint64[m, 5], the memory table (kernels.region_table).
         """
 
     def drain(self, rings: npt.NDArray[np.void], pollfds: npt.NDArray[np.void], memory: Table) -> None:
@@ -117,7 +128,7 @@ class Worker(CommandExecutor):
         self._log_fd = -1
         self._scratch = np.zeros(8, np.uint64)
         self._one = np.ones(1, np.uint64)
-        self._loop = np.zeros(1, worker_loop.LOOP)
+        self._loop = np.zeros(1, LOOP)
 
     def run(self) -> None:
         """Take the `open` command, then serve and execute commands in turn."""
@@ -134,7 +145,7 @@ class Worker(CommandExecutor):
         # Who has an IOTLB has it for every vring: the feature is the device's.
         translated = bool(np.any(self._rings["iotlb"]))
         regions = self._memory.translations if translated else self._memory.table
-        self._device.serve(self._loop[0], self._rings, self._pollfds, regions, self._memory.table)
+        self._device.serve(self._rings, self._pollfds, regions, self._memory.table)
 
     def _drain(self) -> None:
         """Nobody touches guest memory, the image or the log from here on, until `_serve`."""
@@ -146,6 +157,7 @@ class Worker(CommandExecutor):
         num_vrings = int(fields["num_vrings"])
         self._block = ControlBlock(int(fields["num_workers"]), num_vrings, fds.pop(0))
         address = self._block.worker_address(self._index)
+        self._kernels = KernelLibrary(self._device.library)
         self._install_bus_error_handler(address)
         self._rings = np.zeros(num_vrings, RING)
         for name in ("kick_fd", "call_fd", "err_fd", "log_fd"):
@@ -161,48 +173,27 @@ class Worker(CommandExecutor):
         loop["bus_errors_seen"] = self._block.workers["bus_errors"][self._index]
         loop["stages"] = self._block.stages_address(self._index)
         if loop["stages"]:
-            stages.start_stages(loop["stages"], loop["scratch"])
-        own_fds = self._device.open(fields["device"], fds, loop, num_vrings)
-        self._pollfds = np.zeros(1 + num_vrings + len(own_fds), worker_loop.POLLFD)
-        self._pollfds["events"] = worker_loop.POLLIN
+            self._kernels.call("count_stages", loop["stages"], loop["scratch"])
+        own_fds = self._device.open(fields["device"], fds, self._kernels, self._loop, num_vrings)
+        self._pollfds = np.zeros(1 + num_vrings + len(own_fds), POLLFD)
+        self._pollfds["events"] = POLLIN
         self._pollfds["fd"] = -1
         self._pollfds["fd"][0] = self._sock.fileno()
         self._pollfds["fd"][1 + num_vrings :] = own_fds
-        # Compile, or load from the cache, now rather than when a front-end waits: one turn with nothing to do.
-        self._loop["attention_seen"] = self._block.workers["attention"][self._index] - np.uint32(1)
-        self._serve()
-        self._drain()
-        self._warm_up_starting()
-
-    def _warm_up_starting(self) -> None:
-        """The same for what starts and stops a vring: a start that fails and a stop, of a ring that nobody has."""
-        record = np.zeros(1, layout.VRING)
-        memory = np.zeros(64, np.uint8)
-        rings = np.zeros(1, RING)
-        rings["record"] = record.ctypes.data
-        rings["desc"] = rings["avail"] = rings["used"] = memory.ctypes.data
-        ring = rings[0]
-        nowhere = np.uint64(0)
-        vring.place_ring(ring, self._memory.table, self._memory.translations, nowhere, nowhere, nowhere)
-        ring["size"] = 2
-        vring.resume(ring, np.uint16(0), np.zeros(2, np.int64), np.zeros(2, np.uint64))
-        vring.publish(ring, np.uint64(self._one.ctypes.data))
-        vring.want_kicks(ring)
-        vring.set_state(ring, layout.VRING_STOPPED)
 
     def _install_bus_error_handler(self, worker_address: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mmap.restype = ctypes.c_void_p
-        page = bus_error.RECORD_PAGE
+        page = bus_error_page.RECORD_PAGE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
-        size = ctypes.c_size_t(bus_error.RECORD_PAGE_BYTES)
+        size = ctypes.c_size_t(bus_error_page.RECORD_PAGE_BYTES)
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         if libc.mmap(ctypes.c_void_p(page), size, protection, flags, -1, ctypes.c_long(0)) != page:
             raise OSError(ctypes.get_errno(), "no page for the SIGBUS handler")
         # SAFETY: the page was mapped just now and stays.
         ctypes.c_uint64.from_address(page).value = worker_address
-        action = _SigAction(handler=bus_error.on_bus_error.address, flags=_SA_SIGINFO)
-        if libc.sigaction(bus_error.SIGBUS, ctypes.byref(action), None):
+        action = _SigAction(handler=self._kernels.address("on_bus_error", 3), flags=_SA_SIGINFO)
+        if libc.sigaction(bus_error_page.SIGBUS, ctypes.byref(action), None):
             raise OSError(ctypes.get_errno(), "no handler for SIGBUS")
 
     def _do_map(self, fields: commands.Fields, fds: list[int]) -> None:
@@ -232,9 +223,18 @@ class Worker(CommandExecutor):
             self._enter(int(index))
 
     def _place(self, index: int) -> int:
-        ring = self._rings[index]
-        parts = (np.uint64(part) for part in self._addresses[index])
-        return int(vring.place_ring(ring, self._memory.table, self._memory.translations, *parts))
+        tables = (self._memory.table, self._memory.translations)
+        sizes = (number for table in tables for number in (table.ctypes.data, len(table)))
+        return self._kernels.call("place_ring", self._ring_address(index), *sizes, *self._addresses[index])
+
+    def _ring_address(self, index: int) -> int:
+        return int(self._rings.ctypes.data + index * RING.itemsize)
+
+    def _set_state(self, index: int, state: int) -> None:
+        self._kernels.call("set_state", self._ring_address(index), state)
+
+    def _publish(self, index: int) -> None:
+        self._kernels.call("publish", self._ring_address(index), self._one.ctypes.data)
 
     def _enter(self, index: int) -> int:
         """Place a ring and run it; it waits when a translation is lacking, and breaks when it cannot be placed."""
@@ -244,13 +244,13 @@ class Worker(CommandExecutor):
             status = self._resume(index)
         if status == OK:
             if ring["state"] != layout.VRING_RUNNING:
-                vring.set_state(ring, layout.VRING_RUNNING)
+                self._set_state(index, layout.VRING_RUNNING)
         elif status == MISS:
-            vring.set_state(ring, layout.VRING_WAITING)
+            self._set_state(index, layout.VRING_WAITING)
             os.eventfd_write(int(self._loop["notice_fd"][0]), 1)
         else:
             ring["error"] = status
-            vring.set_state(ring, layout.VRING_BROKEN)
+            self._set_state(index, layout.VRING_BROKEN)
             if ring["err_fd"] >= 0:
                 os.eventfd_write(int(ring["err_fd"]), 1)
         return status
@@ -260,13 +260,16 @@ class Worker(CommandExecutor):
         ring = self._rings[index]
         heads = np.zeros(int(ring["size"]), np.int64)
         counters = np.zeros(int(ring["size"]), np.uint64)
-        status, count = vring.resume(ring, np.uint16(self._to_resume[index]), heads, counters)
+        found = np.zeros(1, np.int64)
+        room = (heads.ctypes.data, counters.ctypes.data, found.ctypes.data)
+        status = self._kernels.call("resume", self._ring_address(index), self._to_resume[index], *room)
         if status == OK:
+            count = int(found[0])
             self._resubmit[index] = heads[:count][np.argsort(counters[:count], kind="stable")]
             ring["resubmit"] = self._resubmit[index].ctypes.data
-            vring.publish(ring, np.uint64(self._one.ctypes.data))
+            self._publish(index)
             del self._to_resume[index]
-        return int(status)
+        return status
 
     def _do_start(self, fields: commands.Fields, fds: list[int]) -> commands.Fields:
         index = int(fields["index"])
@@ -311,8 +314,8 @@ class Worker(CommandExecutor):
         ring = self._rings[index]
         self._drain()
         if ring["state"] == layout.VRING_RUNNING:
-            vring.want_kicks(ring)
-        vring.set_state(ring, layout.VRING_STOPPED)
+            self._kernels.call("want_kicks", self._ring_address(index))
+        self._set_state(index, layout.VRING_STOPPED)
         self._close_fds(index)
         self._to_resume.pop(index, None)
         ring["iotlb"] = ring["inflight"] = ring["resubmit_count"] = ring["resubmit_next"] = 0

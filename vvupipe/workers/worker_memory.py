@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kernels.regions import COLUMNS
+from kernels.region_table import COLUMNS
 from kernels.virtio_layout import ACCESS_BOTH, ACCESS_REFUSED
 from vvupipe.errors import WorkerError
 from vvupipe.memory.iotlb import Iotlb, Translation
@@ -16,7 +16,7 @@ Table = npt.NDArray[np.uint64]
 
 
 class WorkerMemory:
-    """Maps what commands bring. `table` is the memory table, `translations` what an IOTLB says (kernels.regions)."""
+    """Maps what commands bring. `table`: the memory table; `translations`: an IOTLB's (kernels.region_table)."""
 
     def __init__(self) -> None:
         self._mappings: dict[int, Mapping] = {}

@@ -87,10 +87,10 @@ def test_what_a_lesser_cpu_has_compiled_is_taken(tmp_path, monkeypatch):
     assert kernel_cache.environment()["NUMBA_CPU_FEATURES"] == "+more"
     lesser = tmp_path / f"kernels-{kernel_cache.digest('+less')}"
     lesser.mkdir()
-    (lesser / "blk_worker.serve-1.py311.nbi").touch()
+    (lesser / "blk.o").touch()
     assert kernel_cache.environment()["NUMBA_CPU_FEATURES"] == "+less"
     assert kernel_cache.folder() == lesser
     assert kernel_cache.is_warm()
     ours = tmp_path / f"kernels-{kernel_cache.digest('+more')}"
-    (ours / "blk_worker.serve-1.py311.nbi").touch()
+    (ours / "blk.o").touch()
     assert kernel_cache.folder() == ours

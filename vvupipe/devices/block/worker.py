@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernels import blk_helper, blk_worker, image_map, request
 from kernels import control_block as layout
-from kernels.blk_bounce import BOUNCE_BYTES
-from kernels.blk_disk import DISK
-from kernels.blk_work import BlockWork
-from kernels.regions import ADDRESS, SIZE
+from kernels import request_record as request
+from kernels.blk_disk import BOUNCE_BYTES, DISK, GRANULE_SHIFT, VECTOR_BYTES
+from kernels.blk_parts import PARTS
+from kernels.region_table import ADDRESS, SIZE
 from kernels.uring_layout import URING
 from kernels.virtio_layout import BLK_ID_BYTES, QUEUE_SIZE_MAX, SECTOR_BYTES
 from vvupipe.errors import WorkerError
@@ -25,6 +24,7 @@ from vvupipe.memory.mapping import Mapping
 from vvupipe.workers import commands, process
 from vvupipe.workers.helpers import Helpers
 from vvupipe.workers.io_uring import IoUring
+from vvupipe.workers.kernel_library import KernelLibrary
 from vvupipe.workers.worker_memory import Table
 
 log = logging.getLogger(__name__)
@@ -48,11 +48,14 @@ _FROM_COORDINATOR = (
 class BlockKernel:
     """Implements process.DeviceKernel."""
 
+    library = "blk"
+
     def __init__(self) -> None:
+        self._parts = np.zeros(1, PARTS)
         self._disk = np.zeros(1, DISK)
         self._serial = np.zeros(BLK_ID_BYTES, np.uint8)
         self._mapping: Mapping | None = None
-        self._vector = np.zeros(image_map.VECTOR_BYTES, np.uint8)
+        self._vector = np.zeros(VECTOR_BYTES, np.uint8)
         # Pages of their own, as direct I/O wants them.
         self._bounce = mmap.mmap(-1, BOUNCE_BYTES)
         self._zeros = mmap.mmap(-1, BOUNCE_BYTES)
@@ -70,8 +73,16 @@ class BlockKernel:
         self._helper_disks: list[npt.NDArray[np.void]] = []
         self._helper_bounces: list[mmap.mmap] = []
 
-    def open(self, fields: commands.Fields, fds: list[int], loop: npt.NDArray[np.void], num_vrings: int) -> list[int]:
+    def open(
+        self,
+        fields: commands.Fields,
+        fds: list[int],
+        kernels: KernelLibrary,
+        loop: npt.NDArray[np.void],
+        num_vrings: int,
+    ) -> list[int]:
         """Take over the image's fd; map it, set io_uring up, start helpers, as `fields` want it."""
+        self._kernels = kernels
         disk = self._disk[0]
         size_bytes = int(fields["size_bytes"])
         disk["fd"] = os.dup(fds[0])
@@ -85,19 +96,20 @@ class BlockKernel:
         disk["zeros_bytes"] = BOUNCE_BYTES
         for name in _FROM_COORDINATOR:
             disk[name] = int(fields[name])
-        disk["bus_errors"] = int(loop["record"]) + layout.offset_of(layout.WORKER, "bus_errors")
+        disk["bus_errors"] = int(loop["record"][0]) + layout.offset_of(layout.WORKER, "bus_errors")
         self._maps, self._writable_map = bool(fields["maps"]), bool(fields["writable_map"])
         self._map(size_bytes)
         self._loop = loop
         self._running = np.zeros(num_vrings, np.int64)
         request.lay_out(self._board, self._requests)
-        self._board["stages"] = loop["stages"]
+        self._board["stages"] = loop["stages"][0]
         if fields["uring"]:
             self._uring = IoUring.open(request.REQUESTS_MAX, sqpoll=bool(fields["sqpoll"]))
             self._uring.register_file(self._unlocked_fd())
         self._registers = bool(fields["registers"])
         self._helpers = Helpers(int(fields["helpers"]))
         self._board["free_helpers"] = len(self._helpers.records)
+        self._fill_parts()
         self._start_helpers()
         return [self._event_fd(), self._helpers.done_fd]
 
@@ -122,12 +134,12 @@ class BlockKernel:
             self._helper_disks.append(self._disk.copy())
             self._helper_bounces.append(mmap.mmap(-1, BOUNCE_BYTES))
             self._helper_disks[-1]["bounce_address"] = _address(self._helper_bounces[-1])
+        # Helpers read it when they start, which may be late.
+        self._helper_parts = self._parts.copy()
         self._helpers.start(self._help)
 
     def _help(self, index: int) -> None:
-        blk_helper.help_worker(
-            self._helpers.records, index, self._requests, self._segments, self._helper_disks[index][0]
-        )
+        self._kernels.call("help_with", self._helper_parts.ctypes.data, index, self._helper_disks[index].ctypes.data)
 
     def _map(self, size_bytes: int) -> None:
         disk = self._disk[0]
@@ -141,7 +153,7 @@ class BlockKernel:
             self._mapping = Mapping(int(disk["fd"]), size_bytes, writable=self._writable_map)
         except (OSError, ValueError):
             return  # the system calls do the same, more slowly
-        self._granules = np.zeros(-(-size_bytes >> image_map.GRANULE_SHIFT), np.uint8)
+        self._granules = np.zeros(-(-size_bytes >> GRANULE_SHIFT), np.uint8)
         disk["map_address"] = disk["map_start"] = self._mapping.address
         disk["map_bytes"] = size_bytes
         disk["map_writable"] = self._writable_map
@@ -149,27 +161,35 @@ class BlockKernel:
         disk["granules"] = len(self._granules)
         disk["granule_mark"] = 1
 
-    def _work(self, rings: npt.NDArray[np.void], regions: Table, memory: Table) -> BlockWork:
-        return BlockWork(
-            rings=rings,
-            running=self._running,
-            disk=self._disk[0],
-            regions=regions,
-            memory=memory,
-            segments=self._segments,
-            copied=self._copied,
-            board=self._board[0],
-            copies=self._copies,
-            requests=self._requests,
-            uring=(self._uring.record if self._uring else self._no_uring)[0],
-            buffers=self._buffers,
-            tokens=self._tokens,
-            results=self._results,
-            helpers=self._helpers.records,
-            scratch=np.uint64(self._loop["scratch"]),
-            one=np.uint64(self._loop["one"]),
-            notice_fd=np.int32(self._loop["notice_fd"]),
-        )
+    def _fill_parts(self) -> None:
+        """Where everything is that stays where it is."""
+        parts = self._parts
+        parts["loop"] = self._loop.ctypes.data
+        parts["running"] = self._running.ctypes.data
+        parts["disk"] = self._disk.ctypes.data
+        parts["segments"] = self._segments.ctypes.data
+        parts["copied"] = self._copied.ctypes.data
+        parts["board"] = self._board.ctypes.data
+        parts["copies"] = self._copies.ctypes.data
+        parts["requests"] = self._requests.ctypes.data
+        parts["uring"] = (self._uring.record if self._uring else self._no_uring).ctypes.data
+        parts["tokens"] = self._tokens.ctypes.data
+        parts["results"] = self._results.ctypes.data
+        parts["helpers"] = self._helpers.records.ctypes.data
+        parts["num_helpers"] = len(self._helpers.records)
+        for name in ("scratch", "one", "notice_fd"):
+            parts[name] = self._loop[name]
+
+    def _call(
+        self, entry: str, rings: npt.NDArray[np.void], pollfds: npt.NDArray[np.void], regions: Table, memory: Table
+    ) -> None:
+        parts = self._parts
+        for name, array in (("rings", rings), ("pollfds", pollfds), ("regions", regions), ("memory", memory)):
+            parts[name] = array.ctypes.data
+            parts[f"num_{name}"] = len(array)
+        parts["buffers"] = self._buffers.ctypes.data
+        parts["num_buffers"] = len(self._buffers)
+        self._kernels.call(entry, parts.ctypes.data)
 
     def use_memory(self, memory: Table) -> None:
         """Register it with io_uring, if that was asked for: else requests pin what they need, each by itself."""
@@ -184,18 +204,17 @@ class BlockKernel:
 
     def serve(
         self,
-        loop: npt.NDArray[np.void],
         rings: npt.NDArray[np.void],
         pollfds: npt.NDArray[np.void],
         regions: Table,
         memory: Table,
     ) -> None:
         """Run kernels.blk_worker.serve on the image."""
-        blk_worker.serve(loop, pollfds, self._work(rings, regions, memory))
+        self._call("serve", rings, pollfds, regions, memory)
 
     def drain(self, rings: npt.NDArray[np.void], pollfds: npt.NDArray[np.void], memory: Table) -> None:
         """Run kernels.blk_worker.drain."""
-        blk_worker.drain(pollfds, self._work(rings, memory, memory))
+        self._call("drain", rings, pollfds, memory, memory)
 
     def command(self, fields: commands.Fields) -> None:
         """`unmap`: the image shrank, read it by system call, which says so. `resize`: it has `size_bytes` now."""
