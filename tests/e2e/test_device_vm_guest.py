@@ -54,7 +54,7 @@ def front_ends_that_bring_their_own_memory(vm, digest):
 
 
 def test_a_file_system_made_by_the_sibling_and_read_by_front_ends_that_vvupipe_did_not_start(vm):
-    image = make_image(vm.folder, "tree.img", 96 * MIB)
+    image = make_image(vm.folder, "tree.img", 48 * MIB)
     pid = vm.start_backend(ADDRESS, "tree.img")
     # More RAM than the device VM has.
     with sibling(vm, ADDRESS, TREE_SCRIPT, mem_mib=1024) as guest:

@@ -110,21 +110,21 @@ def test_two_disks_at_once(backend_factory, tmp_path):
 
 
 KILL_SCRIPT = """
-half=$((8 << 20))
-first=$(dd if=/dev/vda bs=1M count=8 2>/dev/null | sha256sum)
+half=$((4 << 20))
+first=$(dd if=/dev/vda bs=1M count=4 2>/dev/null | sha256sum)
 echo 3 >/proc/sys/vm/drop_caches
 
 # CPU 0, and with it one queue, reads the first half; CPU 1, and the other queue, writes the second.
 reader() {
-    for i in $(seq 15); do
+    for i in $(seq 10); do
         now=$(dd if=/dev/vda bs=@BS@ iflag=direct,count_bytes count=$half 2>/dev/null | sha256sum)
         [ "$now" = "$first" ] || exit 9
         echo "read $i"
     done
 }
 writer() {
-    for i in $(seq 15); do
-        dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
+    for i in $(seq 10); do
+        dd if=/dev/urandom of=/tmp/data bs=1M count=4 2>/dev/null
         dd if=/tmp/data of=/dev/vda bs=@BS@ oflag=direct,seek_bytes seek=$half conv=notrunc 2>/dev/null || exit 10
         dd if=/dev/vda bs=@BS@ skip=$((half / @BS@)) iflag=direct 2>/dev/null | cmp -s - /tmp/data || exit 11
         echo "written $i"
@@ -143,19 +143,19 @@ echo "last $(sha256sum </tmp/data)"
 def guest_through(interfere, factory, folder):
     """A guest that reads and writes with both queues while `interfere(backend)` happens three times."""
     image = folder / "disk.img"
-    image.write_bytes(os.urandom(16 << 20))
+    image.write_bytes(os.urandom(8 << 20))
     # 1 MiB is cut into three requests in flight at once, 256 KiB is one.
     script = KILL_SCRIPT.replace("@BS@", str((1 << 20) if factory.tracks_inflight else (256 << 10)))
     with factory(image, folder) as backend:
         disk = {"socket_path": backend.socket, "num_queues": backend.queues}
         with Guest(folder, [disk], script, cpus=2) as guest:
-            for turn in (3, 6, 9):
+            for turn in (2, 4, 6):
                 guest.wait_for(f"read {turn}")
                 guest.wait_for(f"written {turn}")
                 interfere(backend)
             end = guest.wait()
     assert (end.status, end.script_status) == (0, 0), end
-    assert end.word("last").split()[0] == sha256(image.read_bytes()[8 << 20 :])
+    assert end.word("last").split()[0] == sha256(image.read_bytes()[4 << 20 :])
     return end
 
 

@@ -14,7 +14,8 @@ from kernels.stage_layout import SLEEP, STAGES, STAGES_ENV
 from perf import flame_graph, flame_svg, jit_symbols, live_view, stages
 from perf.backends import Backend
 from perf.plain import count
-from tests.mock.blk_driver import started_disk
+from tests.mock import frontend as fe
+from tests.mock.blk_driver import IN, started_disk
 from vvupipe.workers.control_block import ControlBlock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def test_numbers_are_short():
 def test_kernels_of_a_running_worker_are_found(back_end):
     worker = flame_graph.worker_of(back_end.pids[0])
     names = {symbol.name for symbol in jit_symbols.symbols_of(worker)}
-    assert {"kernels.blk_worker.serve", "kernels.blk_queue.serve_ring"} <= names
+    assert {"kernels.blk_entries.serve", "kernels.blk_queue.serve_ring"} <= names
 
 
 def test_a_process_without_kernels_says_so():
@@ -180,6 +181,33 @@ def test_stages_of_a_running_worker_are_counted(counting_back_end):
     rows = stages.text(0, found).splitlines()
     assert [row.split()[0] for row in rows[1:3]] == ["stage", "find"]
     assert rows[-1].split()[0] == "awake"
+
+
+def test_stages_of_requests_that_come_together(counting_back_end):
+    watched = live_view.Watched.of(counting_back_end.pids[0])
+    # Without IN_ORDER, which has each wait for the one before.
+    features = fe.F_VERSION_1 | fe.F_PROTOCOL_FEATURES | fe.F_BLK_FLUSH
+    with started_disk(counting_back_end.socket, features) as (_, driver):
+        driver.read(0, 512)
+        time.sleep(0.1)
+        (before,) = stages.read(watched)
+        ring, memory = driver.ring, driver.memory
+        heads = []
+        for number in range(5):
+            header, status, buffer = memory.allocate(16), memory.allocate(1), memory.allocate(512)
+            memory.pack("<IIQ", header, IN, 0, number)
+            heads.append(ring.put_chain([(header, 16, False), (buffer, 512, True), (status, 1, True)]))
+        ring.make_available(*heads)
+        ring.kick()
+        for _ in heads:
+            ring.wait_used()
+        time.sleep(0.1)
+        (after,) = stages.read(watched)
+    laps = {name: stage["laps"] for name, stage in stages.difference(before, after)["stages"].items()}
+    assert laps["parse"] == laps["keep"] == 5
+    assert laps["look ahead"] == laps["fetch"] == laps["copy"] == laps["find"] == 1, "copies are done together"
+    assert laps["publish"] == laps["call"] == 1
+    assert laps["hand on"] == laps["collect"] == laps["do"] == 0, "nobody else had anything to do"
 
 
 def test_stages_are_printed(counting_back_end):
