@@ -21,10 +21,10 @@ for argument in "$@"; do
     # Somebody wants certain tests: one run, in order.
     case $argument in --*) ;; *) exec "$PYTHON" -m pytest "$@" ;; esac
 done
-# Two at a time, but for what pins processes to CPUs against each other: that wants the machine for itself. Tests with
-# emulated guests sleep for a quarter of their time: three of them.
+# Two at a time, but for what pins processes to CPUs against each other: that wants the machine for itself. Three guests
+# at a time were slower than two.
 status=0
 "$PYTHON" -m pytest -n 2 --dist loadfile --ignore tests/e2e "$@" || status=$?
-"$PYTHON" -m pytest -n 3 --dist loadfile tests/e2e -m qemu "$@" || status=$?
+"$PYTHON" -m pytest -n 2 --dist loadfile tests/e2e -m qemu "$@" || status=$?
 "$PYTHON" -m pytest tests/e2e -m "not qemu" "$@" || status=$?
 exit "$status"
