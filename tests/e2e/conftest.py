@@ -49,6 +49,14 @@ def qemu():
             guest_kit.missing(f"{program} is not installed (package {package})")
 
 
+@pytest.fixture(scope="session")
+def new_qemu():
+    """Path of a QEMU >= 10.1, which has a vfio-user client, and whose TCG migrates without losing pages (since 9.0)."""
+    return os.environ.get("VVUPIPE_NEW_QEMU") or guest_kit.missing(
+        "VVUPIPE_NEW_QEMU names no QEMU >= 10.1: scripts/newer_qemu.sh fetches one"
+    )
+
+
 @pytest.fixture(params=list(BACKENDS))
 def backend_factory(request, qemu):
     """`backend_factory(image, folder)` is a context manager that serves `image` and gives a Backend."""

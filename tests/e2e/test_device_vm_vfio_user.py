@@ -1,9 +1,4 @@
-"""The device VM in a QEMU that has a vfio-user client: the guest sees the VVU function itself.
-
-$VVUPIPE_NEW_QEMU is that QEMU (scripts/newer_qemu.sh fetches one).
-"""
-
-import os
+"""The device VM in a QEMU that has a vfio-user client: the guest sees the VVU function itself."""
 
 import pytest
 from device_vm_guest import DeviceVm, make_image
@@ -13,15 +8,12 @@ from sibling_scripts import COUNT_BYTES, COUNT_SCRIPT
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(400)]
 
 ADDRESS = "0000:00:10.0"
-QEMU = os.environ.get("VVUPIPE_NEW_QEMU")
 
 
 @pytest.fixture(scope="module")
-def vm(tmp_path_factory):
-    if not QEMU:
-        pytest.skip("VVUPIPE_NEW_QEMU names no QEMU >= 10.1 (scripts/newer_qemu.sh fetches one)")
+def vm(new_qemu, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vfio-user")
-    with DeviceVm(folder, {ADDRESS: folder / "a.sock"}, "--qemu", QEMU) as vm:
+    with DeviceVm(folder, {ADDRESS: folder / "a.sock"}, "--qemu", new_qemu) as vm:
         yield vm
 
 

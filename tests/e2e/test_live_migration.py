@@ -2,6 +2,9 @@
 
 What the back-end writes into guest memory while QEMU copies it reaches the other side only by the dirty-page log: the
 guest fills its page cache from the disk all the time, and compares.
+
+Debian 12's QEMU will not do: before 9.0, TCG forgets some pages that the guest's CPU writes while a migration runs
+(QEMU's commit 03bfc2188f). In one of ten runs of this test, programs or the guest's kernel crashed for that.
 """
 
 import asyncio
@@ -44,10 +47,10 @@ done
 class Vm:
     """A QEMU with the guest's console in a file; `incoming` waits for a migration."""
 
-    def __init__(self, folder, name, socket, initrd, packed, incoming=None):
+    def __init__(self, qemu, folder, name, socket, initrd, packed, incoming=None):
         self.console, self.monitor = folder / f"{name}.console", folder / f"{name}.qmp"
         command = [
-            *("qemu-system-x86_64", "-machine", "q35,accel=tcg,memory-backend=ram", "-cpu", "max", "-m", "192M"),
+            *(qemu, "-machine", "q35,accel=tcg,memory-backend=ram", "-cpu", "max", "-m", "192M"),
             *("-object", "memory-backend-memfd,id=ram,size=192M,share=on", "-nodefaults", "-display", "none"),
             *("-kernel", str(guest_kit.kernel().image), "-initrd", str(initrd)),
             # A guest that clears each page that it takes has it copied again for that, log or no log.
@@ -84,28 +87,29 @@ async def migrate(source, target_socket):
     client = QMPClient("source")
     await client.connect(str(source.monitor))
 
-    async def until(reached):
+    async def until(reached, ending=False):
         async with asyncio.timeout(60):
             while not reached(info := await client.execute("query-migrate")):
-                assert info["status"] != "failed", info
+                assert info["status"] not in (("failed",) if ending else ("failed", "completed")), info
                 await asyncio.sleep(0.05)
         return info["ram"]
 
     try:
-        # There is always more to copy than a millisecond allows.
         await client.execute("migrate-set-parameters", {"max-bandwidth": 16 * MIB, "downtime-limit": 1})
         await client.execute("migrate", {"uri": f"unix:{target_socket}"})
-        await until(lambda info: "ram" in info and info["ram"]["dirty-sync-count"] >= 3)
+        await until(lambda info: "ram" in info and info["ram"]["dirty-sync-count"] >= 2)
+        # All was copied once. From here on there is always more to copy than a millisecond allows.
+        await client.execute("migrate-set-parameters", {"max-bandwidth": MIB // 4})
         rounds = source.rounds()
         await until(lambda info: source.rounds() >= rounds + 3)
         await client.execute("migrate-set-parameters", {"downtime-limit": 2000, "max-bandwidth": 256 * MIB})
-        return await until(lambda info: info["status"] == "completed")
+        return await until(lambda info: info["status"] == "completed", ending=True)
     finally:
         await client.disconnect()
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_guest_reads_and_writes_through_a_live_migration(qemu, packed, tmp_path):
+def test_guest_reads_and_writes_through_a_live_migration(new_qemu, packed, tmp_path):
     image = tmp_path / "disk.img"
     image.write_bytes(os.urandom((READ_MIB + 8) * MIB))
     initrd = tmp_path / "initramfs"
@@ -117,10 +121,10 @@ def test_guest_reads_and_writes_through_a_live_migration(qemu, packed, tmp_path)
             command = vvupipe_command("device", "block", "--file", image, "--socket", socket, "--no-lock", "-v")
             processes.append(Process(command, tmp_path / f"{socket.stem}-block.log", vvupipe_environment(tmp_path)))
         wait_until(lambda: all(is_listening(socket) for socket in sockets), processes)
-        source = Vm(tmp_path, "source", sockets[0], initrd, packed)
+        source = Vm(new_qemu, tmp_path, "source", sockets[0], initrd, packed)
         processes.append(source.process)
         incoming = tmp_path / "migration.sock"
-        target = Vm(tmp_path, "target", sockets[1], initrd, packed, incoming)
+        target = Vm(new_qemu, tmp_path, "target", sockets[1], initrd, packed, incoming)
         processes.append(target.process)
         wait_until(incoming.exists, processes)
         source.wait_for("round 3")
