@@ -217,8 +217,21 @@ def copy_now(work):
         request = work.requests[slot]
         offset = request.sector << uint64(SECTOR_SHIFT)
         writing = request.kind == BLK_T_OUT
+        following = following_bytes = _ZERO
+        if k + 1 < count:
+            coming = work.requests[work.copies[k + 1]]
+            following = work.disk.map_address + (coming.sector << uint64(SECTOR_SHIFT))
+            following_bytes = coming.length
         request.status = copy_through_map(
-            work.disk, work.segments, room_of(slot), request.end, offset, request.length, writing
+            work.disk,
+            work.segments,
+            room_of(slot),
+            request.end,
+            offset,
+            request.length,
+            writing,
+            following,
+            following_bytes,
         )
     lap(work.board, stage.COPY)
     for k in range(count):

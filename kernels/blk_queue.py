@@ -131,7 +131,9 @@ def serve_next(work, ring, alone):
             status = do_here(work, ring, kind, sector, first, end, length, alone)
         if status == COPY and alone:
             offset = sector << uint64(SECTOR_SHIFT)
-            status = copy_through_map(work.disk, segments, first, end, offset, length, kind == BLK_T_OUT)
+            status = copy_through_map(
+                work.disk, segments, first, end, offset, length, kind == BLK_T_OUT, _ZERO, _ZERO
+            )
             step = stage.COPY
             if status != OK:
                 status = LATER

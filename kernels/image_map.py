@@ -114,19 +114,22 @@ def fetch(disk, offset, length):
 
 
 @inlined
-def copy_through_map(disk, segments, first, end, offset, length, writing):
-    """Copy between the mapped image and segments[first:end].
+def copy_through_map(disk, segments, first, end, offset, length, writing, following, following_bytes):
+    """Copy between the mapped image and segments[first:end]. following: what of the mapping comes next (wide_copy).
 
     OK; or ERR_IO when a page of the image is gone, or has no room (a hole on a full disk): a system call tells.
     """
     before = load_u64(disk.bus_errors)
     place = disk.map_address + offset
     for k in range(first, end):
+        count = segments[k, 1]
         if writing:
-            copy_block(place, segments[k, 0], segments[k, 1])
+            copy_block(place, segments[k, 0], count, following, following_bytes)
         else:
-            copy_block(segments[k, 0], place, segments[k, 1])
-        place += segments[k, 1]
+            copy_block(segments[k, 0], place, count, following, following_bytes)
+        place += count
+        following += count
+        following_bytes -= min(count, following_bytes)
     if load_u64(disk.bus_errors) == before:
         return OK
     mend_map(disk, offset, length)

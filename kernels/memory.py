@@ -123,7 +123,7 @@ def cycle_counter(typing_context):
     return types.uint64(), generate
 
 
-def _prefetch(write):
+def _prefetch(write, keep):
     @intrinsic
     def fetch(typing_context, address):
         def generate(context, builder, signature, arguments):
@@ -131,8 +131,8 @@ def _prefetch(write):
             words = [ir.IntType(32)] * 3
             kind = ir.FunctionType(ir.VoidType(), [pointer, *words])
             function = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
-            how, keep, data = (ir.Constant(ir.IntType(32), value) for value in (write, 3, 1))
-            builder.call(function, (builder.inttoptr(arguments[0], pointer), how, keep, data))
+            hints = [ir.Constant(ir.IntType(32), value) for value in (write, keep, 1)]
+            builder.call(function, (builder.inttoptr(arguments[0], pointer), *hints))
             return context.get_dummy_value()
 
         return types.void(types.uint64), generate
@@ -141,8 +141,10 @@ def _prefetch(write):
 
 
 #: Ask the cache for the line at an address, to be read soon, or to be written. A hint: no address can make it fault.
-prefetch = _prefetch(0)
-prefetch_write = _prefetch(1)
+prefetch = _prefetch(0, 3)
+prefetch_write = _prefetch(1, 3)
+#: For what is read a little later: it goes into the second-level cache only.
+prefetch_early = _prefetch(0, 2)
 
 
 @intrinsic

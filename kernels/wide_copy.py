@@ -7,7 +7,7 @@ done before, and a large block it reads from one place only, so that fewer misse
 import numpy as np
 
 from kernels.jit import inlined, kernel
-from kernels.memory import LINE_BYTES, LINES_ARE_WIDE, copy_bytes, copy_line
+from kernels.memory import LINE_BYTES, LINES_ARE_WIDE, copy_bytes, copy_line, prefetch_early
 
 #: From this size on both halves are copied at once.
 TWO_PLACES_BYTES = np.uint64(16 << 10)
@@ -29,8 +29,12 @@ def copy_halves(destination, source, half):
 
 
 @inlined
-def copy_block(destination, source, count):
-    """memcpy: `count` bytes; the two must not overlap."""
+def copy_block(destination, source, count, following, following_bytes):
+    """memcpy: `count` bytes; the two must not overlap.
+
+    following: address of `following_bytes` that are copied next, fetched meanwhile: then the CPU waits for the misses of
+    two blocks at once, and its own prefetcher need not find out about the next one.
+    """
     if not LINES_ARE_WIDE:
         copy_bytes(destination, source, count)
         return
@@ -40,6 +44,11 @@ def copy_block(destination, source, count):
         copy_halves(destination, source, half)
         done = half << _ONE
     lines_end = count & ~_LINE_MASK
+    both_end = min(lines_end, following_bytes)
+    while done < both_end:
+        prefetch_early(following + done)
+        copy_line(destination + done, source + done)
+        done += _LINE
     while done < lines_end:
         copy_line(destination + done, source + done)
         done += _LINE
