@@ -20,6 +20,7 @@ from kernels.jit import inlined, kernel
 from kernels.memory import prefetch_write, ring_eventfd
 from kernels.request import copy_rows, has_room
 from kernels.request_record import COPIES_MAX, SEGMENTS_MAX
+from kernels.split_ring import next_element
 from kernels.stages import lap
 from kernels.status import COPY, ERR_BAD_ADDRESS, ERR_BAD_REQUEST, ERR_NO_STATUS, ERR_UNSUPPORTED, LATER, MISS, OK
 from kernels.virtio_layout import (
@@ -131,9 +132,7 @@ def serve_next(work, ring, alone):
             status = do_here(work, ring, kind, sector, first, end, length, alone)
         if status == COPY and alone:
             offset = sector << uint64(SECTOR_SHIFT)
-            status = copy_through_map(
-                work.disk, segments, first, end, offset, length, kind == BLK_T_OUT, _ZERO, _ZERO
-            )
+            status = copy_through_map(work.disk, segments, first, end, offset, length, kind == BLK_T_OUT, _ZERO, _ZERO)
             step = stage.COPY
             if status != OK:
                 status = LATER
@@ -186,6 +185,8 @@ def serve_ring(work, ring):
         ring.waiting_sum += uint64(available)
         if available == 1:
             prefetch_write(ring.header)
+            if not ring.packed:
+                prefetch_write(next_element(ring))
         lap(work.board, stage.FIND)
     while error == OK and available > 0 and done < TURN:
         if not has_room(work.board, ring):

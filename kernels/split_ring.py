@@ -53,10 +53,16 @@ def next_head(ring):
 
 
 @kernel
+def next_element(ring):
+    """Address of the used element that is written next."""
+    slot = uint64(ring.used_idx) & uint64(ring.size - 1)
+    return ring.used + uint64(USED_RING) + uint64(USED_ELEM_SIZE) * slot
+
+
+@kernel
 def put_used(ring, head, written):
     """Write a used element behind those already put; the driver sees it with the next `publish`."""
-    slot = uint64(ring.used_idx) & uint64(ring.size - 1)
-    element = ring.used + uint64(USED_RING) + uint64(USED_ELEM_SIZE) * slot
+    element = next_element(ring)
     store_u32(element, uint32(head))
     store_u32(element + uint64(4), uint32(written))
     ring.used_idx = uint16(ring.used_idx + 1)

@@ -32,8 +32,8 @@ def copy_halves(destination, source, half):
 def copy_block(destination, source, count, following, following_bytes):
     """memcpy: `count` bytes; the two must not overlap.
 
-    following: address of `following_bytes` that are copied next, fetched meanwhile: then the CPU waits for the misses of
-    two blocks at once, and its own prefetcher need not find out about the next one.
+    following: address of `following_bytes` that are copied next, fetched meanwhile: so the CPU waits for the misses of two
+    blocks at once, and its own prefetcher need not find out about the next one.
     """
     if not LINES_ARE_WIDE:
         copy_bytes(destination, source, count)
