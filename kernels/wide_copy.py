@@ -32,7 +32,7 @@ def copy_halves(destination, source, half):
 def copy_block(destination, source, count, following, following_bytes):
     """memcpy: `count` bytes; the two must not overlap.
 
-    following: address of `following_bytes` that are copied next, fetched meanwhile: so the CPU waits for the misses of two
+    following: address of `following_bytes` that are copied next, fetched meanwhile: so the CPU waits for misses of two
     blocks at once, and its own prefetcher need not find out about the next one.
     """
     if not LINES_ARE_WIDE:
