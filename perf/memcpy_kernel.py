@@ -6,6 +6,7 @@ from numba import uint64
 from kernels.driver_random import multiply_high, next_random
 from kernels.jit import kernel
 from kernels.memory import copy_bytes, prefetch
+from kernels.wide_copy import copy_block
 
 WALK = np.dtype(
     [
@@ -27,7 +28,10 @@ _LINE_BYTES = 64
 
 @kernel
 def copy_blocks(walk, offsets, count):
-    """Copy at least `count` blocks; the number that was copied. walk: WALK. offsets: uint64[ahead or more]."""
+    """Copy at least `count` blocks; the number that was copied. walk: WALK. offsets: uint64[ahead or more].
+
+    One after the other by libc's memcpy; with `ahead` > 1, that many are copied as vvupipe's workers do it.
+    """
     done = 0
     buffer = uint64(0)
     while done < count:
@@ -43,10 +47,13 @@ def copy_blocks(walk, offsets, count):
                     prefetch(offsets[k] + uint64(line * _LINE_BYTES))
         for k in range(walk.ahead):
             place = walk.memory + buffer * walk.block_bytes
-            if walk.writing:
-                copy_bytes(offsets[k], place, walk.block_bytes)
+            to, source = (offsets[k], place) if walk.writing else (place, offsets[k])
+            if walk.ahead > uint64(1):
+                following_bytes = walk.block_bytes if uint64(k) + uint64(1) < walk.ahead else uint64(0)
+                following = offsets[k + 1] if following_bytes else uint64(0)
+                copy_block(to, source, walk.block_bytes, following, following_bytes)
             else:
-                copy_bytes(place, offsets[k], walk.block_bytes)
+                copy_bytes(to, source, walk.block_bytes)
             buffer = buffer + uint64(1) if buffer + uint64(1) < walk.buffers else uint64(0)
         done += walk.ahead
     return done
