@@ -18,6 +18,7 @@ from tests.kernels.test_blk_any_order import KINDS
 from tests.kernels.test_rings import LAYOUTS
 from tests.mock.blk_driver import FLUSH, GET_ID, IN, IOERR, OK, OUT
 from tests.model.blk import DISCARD, WRITE_ZEROES
+from vvupipe.workers.io_uring import available
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -65,6 +66,29 @@ def test_adjacent_requests_are_done_together(packed, kind):
         world.serve_all()
         assert world.board["merges"] == 7 + 4
         assert world.board["redone"] == 0
+        check_pages(world, requests)
+        world.check_done()
+
+
+@pytest.mark.skipif(available() is not None, reason=f"io_uring: {available()}")
+@pytest.mark.parametrize(
+    ("direct", "kind", "at_once"), [(1, IN, True), (1, OUT, True), (0, IN, False), (0, OUT, False)]
+)
+def test_a_disk_that_is_idle_gets_a_request_before_the_turn_ends(packed, direct, kind, at_once):
+    def apart(disk):
+        disk["merge_bytes"], disk["direct"] = 0, direct
+
+    with batch_disk(shared("uring"), packed=packed, prepare=apart) as world:
+        urings = world.disk.others.urings
+        requests = in_pages(world.batch, kind, 0, 32)
+        world.batch.show()
+        before = int(urings["submitted"][0]), int(urings["enters"][0])
+        world.disk.serve_turn(world, 0)
+        submitted, enters = int(urings["submitted"][0]) - before[0], int(urings["enters"][0]) - before[1]
+        assert (submitted > 0) is at_once
+        assert enters < 32 / 2, "the more it has, the more go by one system call"
+        world.serve_all()
+        assert int(urings["submitted"][0]) - before[0] == 32
         check_pages(world, requests)
         world.check_done()
 
