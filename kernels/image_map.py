@@ -12,7 +12,7 @@ from kernels.blk_disk import GRANULE_SHIFT
 from kernels.jit import inlined, kernel
 from kernels.memory import PAGE_BYTES, libc_mincore, libc_mmap, load_u8, load_u64, prefetch, store_u8
 from kernels.status import ERR_IO, OK
-from kernels.wide_copy import copy_block
+from kernels.wide_copy import copy_block, copy_to_file
 
 MARK_MAX = 255
 #: Above this a system call is as fast as a copy.
@@ -124,7 +124,7 @@ def copy_through_map(disk, segments, first, end, offset, length, writing, follow
     for k in range(first, end):
         count = segments[k, 1]
         if writing:
-            copy_block(place, segments[k, 0], count, following, following_bytes)
+            copy_to_file(place, segments[k, 0], count, following, following_bytes)
         else:
             copy_block(segments[k, 0], place, count, following, following_bytes)
         place += count

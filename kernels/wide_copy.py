@@ -54,3 +54,12 @@ def copy_block(destination, source, count, following, following_bytes):
         done += _LINE
     if count & _LINE_MASK:
         copy_bytes(destination + done, source + done, count & _LINE_MASK)
+
+
+@inlined
+def copy_to_file(destination, source, count, following, following_bytes):
+    """copy_block into a mapped file, which is seldom in the cache: `rep movsb` need not read a large place first."""
+    if count >= TWO_PLACES_BYTES:
+        copy_bytes(destination, source, count)
+    else:
+        copy_block(destination, source, count, following, following_bytes)

@@ -6,7 +6,7 @@ from numba import uint64
 from kernels.driver_random import multiply_high, next_random
 from kernels.jit import kernel
 from kernels.memory import copy_bytes, prefetch
-from kernels.wide_copy import copy_block
+from kernels.wide_copy import copy_block, copy_to_file
 
 WALK = np.dtype(
     [
@@ -48,12 +48,14 @@ def copy_blocks(walk, offsets, count):
         for k in range(walk.ahead):
             place = walk.memory + buffer * walk.block_bytes
             to, source = (offsets[k], place) if walk.writing else (place, offsets[k])
-            if walk.ahead > uint64(1):
-                following_bytes = walk.block_bytes if uint64(k) + uint64(1) < walk.ahead else uint64(0)
-                following = offsets[k + 1] if following_bytes else uint64(0)
-                copy_block(to, source, walk.block_bytes, following, following_bytes)
-            else:
+            following_bytes = walk.block_bytes if uint64(k) + uint64(1) < walk.ahead else uint64(0)
+            following = offsets[k + 1] if following_bytes else uint64(0)
+            if walk.ahead <= uint64(1):
                 copy_bytes(to, source, walk.block_bytes)
+            elif walk.writing:
+                copy_to_file(to, source, walk.block_bytes, following, following_bytes)
+            else:
+                copy_block(to, source, walk.block_bytes, following, following_bytes)
             buffer = buffer + uint64(1) if buffer + uint64(1) < walk.buffers else uint64(0)
         done += walk.ahead
     return done

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.memory import LINE_BYTES
-from kernels.wide_copy import TWO_PLACES_BYTES, copy_block, copy_halves
+from kernels.wide_copy import TWO_PLACES_BYTES, copy_block, copy_halves, copy_to_file
 
 LARGE = int(TWO_PLACES_BYTES)
 ROOM = 3 * LARGE
@@ -14,11 +14,11 @@ SOURCE = np.random.default_rng(5).integers(1, 256, ROOM, dtype=np.uint8)
 
 
 def copied(
-    count: int, source_offset: int, destination_offset: int, following_bytes: int = 0
+    count: int, source_offset: int, destination_offset: int, following_bytes: int = 0, *, to_file: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """What is in a field of zeros after a copy, and what should be. Address 4096, of what follows, is not mapped."""
     field = np.zeros(ROOM + LINE_BYTES, np.uint8)
-    copy_block(
+    (copy_to_file if to_file else copy_block)(
         np.uint64(field.ctypes.data + destination_offset),
         np.uint64(SOURCE.ctypes.data + source_offset),
         np.uint64(count),
@@ -31,8 +31,9 @@ def copied(
 
 
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 512, 4096, LARGE - 1, LARGE, LARGE + 1, LARGE + 127, LARGE + 4096])
-def test_sizes_at_every_turn(count):
-    field, wanted = copied(count, 0, 0)
+@pytest.mark.parametrize("to_file", [False, True])
+def test_sizes_at_every_turn(count, to_file):
+    field, wanted = copied(count, 0, 0, to_file=to_file)
     assert np.array_equal(field, wanted)
 
 
