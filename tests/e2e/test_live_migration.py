@@ -4,7 +4,7 @@ What the back-end writes into guest memory while QEMU copies it reaches the othe
 guest fills its page cache from the disk all the time, and compares.
 
 Debian 12's QEMU will not do: before 9.0, TCG forgets some pages that the guest's CPU writes while a migration runs
-(QEMU's commit 03bfc2188f). In one of ten runs of this test, programs or the guest's kernel crashed for that.
+(QEMU's commit 03bfc2188f). In two of 24 runs of this test, programs or the guest's kernel went wrong for that.
 """
 
 import asyncio
