@@ -20,7 +20,6 @@ from kernels.jit import inlined, kernel
 from kernels.memory import prefetch_write, ring_eventfd
 from kernels.request import copy_rows, has_room
 from kernels.request_record import COPIES_MAX, SEGMENTS_MAX
-from kernels.split_ring import next_element
 from kernels.stages import lap
 from kernels.status import COPY, ERR_BAD_ADDRESS, ERR_BAD_REQUEST, ERR_NO_STATUS, ERR_UNSUPPORTED, LATER, MISS, OK
 from kernels.virtio_layout import (
@@ -32,7 +31,17 @@ from kernels.virtio_layout import (
     BLK_T_WRITE_ZEROES,
     SECTOR_SHIFT,
 )
-from kernels.vring import break_ring, call_if_wanted, look_at_next, publish, set_state, take, tell_under_way, waiting
+from kernels.vring import (
+    break_ring,
+    call_if_wanted,
+    fetch_used,
+    look_at_next,
+    publish,
+    set_state,
+    take,
+    tell_under_way,
+    waiting,
+)
 
 #: Requests done by copying alone are shown to the driver in groups: the line of used.idx changes hands less often.
 _PUBLISH_EVERY = 8
@@ -185,8 +194,7 @@ def serve_ring(work, ring):
         ring.waiting_sum += uint64(available)
         if available == 1:
             prefetch_write(ring.header)
-            if not ring.packed:
-                prefetch_write(next_element(ring))
+            fetch_used(ring)
         lap(work.board, stage.FIND)
     while error == OK and available > 0 and done < TURN:
         if not has_room(work.board, ring):

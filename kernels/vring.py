@@ -10,7 +10,7 @@ from kernels import control_block as cb
 from kernels import dirty_log, inflight_packed, inflight_split, packed_ring, split_ring
 from kernels.chain import note_miss, read_chain
 from kernels.jit import kernel
-from kernels.memory import load_u64, ring_eventfd, store_release_u32, store_u16, store_u32, store_u64
+from kernels.memory import load_u64, prefetch_write, ring_eventfd, store_release_u32, store_u16, store_u32, store_u64
 from kernels.regions import contiguous, contiguous_user, locate
 from kernels.status import ERR_HEAD_INDEX, ERR_INFLIGHT, ERR_QUEUE_SIZE, ERR_RING_ADDRESS, MISS, OK
 from kernels.virtio_layout import (
@@ -163,6 +163,13 @@ def take(ring, head, copied):
 
 
 @kernel
+def fetch_used(ring):
+    """Fetch the line of the used element that is written next; in a packed ring it is the descriptor's own."""
+    if not ring.packed:
+        prefetch_write(split_ring.next_element(ring))
+
+
+@kernel
 def give_back(ring, memory, head, written):
     """Put the chain in hand on the used ring; of a split one the driver sees it with the next `publish`."""
     ring.unpublished += 1
@@ -174,13 +181,13 @@ def give_back(ring, memory, head, written):
         if ring.log_bytes and ring.log_used:
             dirty_log.mark(ring, memory, slot, uint64(DESC_SIZE))
         return
-    slot = uint64(ring.used_idx) & uint64(ring.size - 1)
+    element = split_ring.next_element(ring)
     if ring.inflight != _ZERO:
         inflight_split.note_used(ring, head)
     split_ring.put_used(ring, head, written)
     # Marked after it is written: a front-end may copy the page and clear its bit at any time.
     if ring.log_bytes:
-        dirty_log.mark_used(ring, uint64(USED_RING) + uint64(USED_ELEM_SIZE) * slot, USED_ELEM_SIZE)
+        dirty_log.mark_used(ring, element - ring.used, USED_ELEM_SIZE)
 
 
 @kernel
