@@ -5,13 +5,14 @@ import mmap
 import os
 
 import numpy as np
+import pytest
 
 from kernels import blk_helper, helper_record
 from kernels.blk_disk import BOUNCE_BYTES, DISK
 from kernels.request_record import BOARD, NOBODY, REQUEST, REQUESTS_MAX, SEGMENT_ROWS, lay_out
 from kernels.uring_layout import URING
 from vvupipe.workers.helpers import Helpers
-from vvupipe.workers.io_uring import IoUring
+from vvupipe.workers.io_uring import IoUring, available
 
 
 class Others:
@@ -96,6 +97,9 @@ class Others:
             free.add(slot)
             slot = int(self.requests["next"][slot])
         assert len(free) == REQUESTS_MAX
+
+
+needs_io_uring = pytest.mark.skipif(available() is not None, reason=f"io_uring: {available()}")
 
 
 @functools.cache

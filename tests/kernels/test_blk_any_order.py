@@ -12,11 +12,10 @@ from kernels import status
 from kernels.inflight_packed import list_inflight as list_packed
 from kernels.inflight_split import list_inflight as list_split
 from tests.kernels.disk_pair import DiskPair
-from tests.kernels.others import by_hand, shared
+from tests.kernels.others import by_hand, needs_io_uring, shared
 from tests.kernels.ring_pair import RingPair
 from tests.kernels.test_rings import LAYOUTS, SEEDS, examples, position
 from tests.mock.random_blk_driver import PackedApartDriver, SplitApartDriver
-from vvupipe.workers.io_uring import available
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -24,7 +23,7 @@ SECTORS = 512
 KINDS = pytest.mark.parametrize(
     "kind",
     [
-        pytest.param("uring", marks=pytest.mark.skipif(available() is not None, reason=f"io_uring: {available()}")),
+        pytest.param("uring", marks=needs_io_uring),
         "helpers",
     ],
 )

@@ -13,12 +13,11 @@ from kernels import status
 from kernels.blk_queue import TURN
 from kernels.request_record import REQUESTS_MAX
 from tests.kernels.batch_disk import batch_disk
-from tests.kernels.others import by_hand, shared
+from tests.kernels.others import by_hand, needs_io_uring, shared
 from tests.kernels.test_blk_any_order import KINDS
 from tests.kernels.test_rings import LAYOUTS
 from tests.mock.blk_driver import FLUSH, GET_ID, IN, IOERR, OK, OUT
 from tests.model.blk import DISCARD, WRITE_ZEROES
-from vvupipe.workers.io_uring import available
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -70,7 +69,7 @@ def test_adjacent_requests_are_done_together(packed, kind):
         world.check_done()
 
 
-@pytest.mark.skipif(available() is not None, reason=f"io_uring: {available()}")
+@needs_io_uring
 @pytest.mark.parametrize(
     ("direct", "kind", "at_once"), [(1, IN, True), (1, OUT, True), (0, IN, False), (0, OUT, False)]
 )

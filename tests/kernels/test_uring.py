@@ -15,13 +15,10 @@ import pytest
 
 from kernels import uring
 from kernels import uring_layout as layout
+from tests.kernels.others import needs_io_uring
 from tests.kernels.uring_jobs import EVERY_MODE, Memory, finish, iovec, open_ring, push_rw, read_blocks, reap
-from vvupipe.workers.io_uring import available
 
-pytestmark = [
-    pytest.mark.timeout(120),
-    pytest.mark.skipif(available() is not None, reason=f"io_uring: {available()}"),
-]
+pytestmark = [pytest.mark.timeout(120), needs_io_uring]
 
 _BLOCK = 4096
 _BLOCKS = 64
