@@ -87,10 +87,10 @@ async def migrate(source, target_socket):
     client = QMPClient("source")
     await client.connect(str(source.monitor))
 
-    async def until(reached, ending=False):
+    async def until(reached):
         async with asyncio.timeout(60):
             while not reached(info := await client.execute("query-migrate")):
-                assert info["status"] not in (("failed",) if ending else ("failed", "completed")), info
+                assert info["status"] not in ("failed", "completed"), info
                 await asyncio.sleep(0.05)
         return info["ram"]
 
@@ -103,7 +103,7 @@ async def migrate(source, target_socket):
         rounds = source.rounds()
         await until(lambda info: source.rounds() >= rounds + 3)
         await client.execute("migrate-set-parameters", {"downtime-limit": 2000, "max-bandwidth": 256 * MIB})
-        return await until(lambda info: info["status"] == "completed", ending=True)
+        return await until(lambda info: info["status"] == "completed")
     finally:
         await client.disconnect()
 
