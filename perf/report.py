@@ -110,7 +110,7 @@ def write(folder: Path) -> Path:
         _goals(results),
         "Ratios are of medians; in brackets the lowest and highest ratio of a single round. `qsd` is "
         "qemu-storage-daemon with an iothread, the fastest of its ways where no other is named. *Copies alone* is the "
-        "ratio for a program that does nothing but the copies, in the faster of two ways: one CPU cannot have more.",
+        "ratio for a program that does nothing but the copies, in the faster of two ways: one CPU has hardly more.",
     ]
     if results.idle:
         parts += ["## Idle", _idle(results)]
