@@ -14,8 +14,8 @@ from kernels.jit import spliced
 from kernels.loop_record import LOOP, POLLFD
 from kernels.memory import records_at, store_u64, table_at
 from kernels.region_table import COLUMNS
-from kernels.request_record import BOARD, COPIES_MAX, REQUEST, REQUESTS_MAX, SEGMENT_ROWS
-from kernels.ring_record import RING
+from kernels.request_record import BOARD, REQUEST, REQUESTS_MAX, SEGMENT_ROWS
+from kernels.ring_record import CHAIN, CHAINS_MAX, RING
 from kernels.stages import start_stages
 from kernels.uring_layout import URING
 from kernels.virtio_layout import QUEUE_SIZE_MAX
@@ -36,7 +36,7 @@ def work_of(parts):
         segments=table_at(parts.segments, int64(SEGMENT_ROWS), int64(2)),
         copied=table_at(parts.copied, int64(QUEUE_SIZE_MAX), int64(2)),
         board=records_at(parts.board, int64(1), BOARD)[0],
-        copies=records_at(parts.copies, int64(COPIES_MAX), _I8),
+        chains=records_at(parts.chains, int64(CHAINS_MAX), CHAIN),
         requests=records_at(parts.requests, int64(REQUESTS_MAX), REQUEST),
         uring=records_at(parts.uring, int64(1), URING)[0],
         buffers=table_at(parts.buffers, parts.num_buffers, int64(2)),

@@ -10,7 +10,7 @@ from kernels import helper, helper_record, uring
 from kernels import stage_layout as stage
 from kernels.blk_answer import answer
 from kernels.blk_disk import SEGMENTS_EACH
-from kernels.image_map import copy_through_map, fetch, forget_marks
+from kernels.image_map import forget_marks
 from kernels.jit import inlined, kernel
 from kernels.memory import EFAULT
 from kernels.request import (
@@ -37,6 +37,12 @@ _SUBMIT_SHIFT = 2  # a quarter of what the disk has
 _RWF_DSYNC = np.int32(2)  # preadv2(2)
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
+
+
+@kernel
+def nobody_else(work):
+    """Whether there is nobody to do requests but the worker itself."""
+    return work.uring.fd < 0 and work.helpers.shape[0] == 0
 
 
 @kernel
@@ -214,48 +220,6 @@ def end_one(work, slot, status):
         status,
     )
     give_slot_back(work.board, work.requests, slot, ring)
-
-
-@kernel
-def copy_now(work):
-    """Do the requests that are done by copying: all the copies first, then all the answers."""
-    count = work.board.copies
-    work.board.copies = 0
-    if count > 1:
-        # Together, so that their misses overlap: a fetch waits for the translation of its page.
-        for k in range(count):
-            request = work.requests[work.copies[k]]
-            fetch(work.disk, request.sector << uint64(SECTOR_SHIFT), request.length)
-        lap(work.board, stage.FETCH)
-    for k in range(count):
-        slot = work.copies[k]
-        request = work.requests[slot]
-        offset = request.sector << uint64(SECTOR_SHIFT)
-        writing = request.kind == BLK_T_OUT
-        following = following_bytes = _ZERO
-        if k + 1 < count:
-            coming = work.requests[work.copies[k + 1]]
-            following = work.disk.map_address + (coming.sector << uint64(SECTOR_SHIFT))
-            following_bytes = coming.length
-        request.status = copy_through_map(
-            work.disk,
-            work.segments,
-            room_of(slot),
-            request.end,
-            offset,
-            request.length,
-            writing,
-            following,
-            following_bytes,
-        )
-    lap(work.board, stage.COPY)
-    for k in range(count):
-        slot = work.copies[k]
-        if work.requests[slot].status == OK:
-            end_one(work, slot, int64(OK))
-        else:
-            do_later(work, work.rings[work.requests[slot].ring], slot)
-    lap(work.board, stage.ANSWER)
 
 
 @kernel

@@ -19,7 +19,7 @@ PARTS = np.dtype(
         ("segments", "<u8"),
         ("copied", "<u8"),
         ("board", "<u8"),
-        ("copies", "<u8"),
+        ("chains", "<u8"),
         ("requests", "<u8"),
         ("uring", "<u8"),
         ("buffers", "<u8"),

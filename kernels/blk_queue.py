@@ -10,27 +10,21 @@ from kernels import control_block as cb
 from kernels import stage_layout as stage
 from kernels.blk_answer import answer
 from kernels.blk_disk import SEGMENTS_EACH
+from kernels.blk_group import serve_group
 from kernels.blk_helper import perform
-from kernels.blk_io import check_range, get_id, read_at_once
-from kernels.blk_later import collect, copy_now, do_later, hand_on_open, keep
-from kernels.blk_lookahead import AHEAD, look_ahead
+from kernels.blk_here import do_here
+from kernels.blk_io import get_id
+from kernels.blk_later import collect, do_later, hand_on_open, keep, nobody_else
 from kernels.blk_request import parse_request, total_bytes
-from kernels.image_map import can_copy, copy_through_map
+from kernels.image_map import copy_through_map
 from kernels.jit import inlined, kernel
 from kernels.memory import prefetch_write, ring_eventfd
-from kernels.request import copy_rows, has_room
-from kernels.request_record import COPIES_MAX, SEGMENTS_MAX
+from kernels.request import copy_rows, room
+from kernels.request_record import SEGMENTS_MAX
 from kernels.stages import lap
-from kernels.status import COPY, ERR_BAD_ADDRESS, ERR_BAD_REQUEST, ERR_NO_STATUS, ERR_UNSUPPORTED, LATER, MISS, OK
-from kernels.virtio_layout import (
-    BLK_T_DISCARD,
-    BLK_T_FLUSH,
-    BLK_T_GET_ID,
-    BLK_T_IN,
-    BLK_T_OUT,
-    BLK_T_WRITE_ZEROES,
-    SECTOR_SHIFT,
-)
+from kernels.status import COPY, ERR_BAD_ADDRESS, ERR_NO_STATUS, LATER, MISS, OK
+from kernels.usual_chain import group_size
+from kernels.virtio_layout import BLK_T_GET_ID, BLK_T_IN, BLK_T_OUT, SECTOR_SHIFT
 from kernels.vring import (
     break_ring,
     call_if_wanted,
@@ -43,7 +37,7 @@ from kernels.vring import (
     waiting,
 )
 
-#: Requests done by copying alone are shown to the driver in groups: the line of used.idx changes hands less often.
+#: What is done is shown to the driver in groups: the line of used.idx changes hands less often.
 _PUBLISH_EVERY = 8
 #: Requests of one vring before the next vring has its turn.
 TURN = 128
@@ -53,69 +47,12 @@ _ONE = np.uint64(1)
 
 
 @inlined
-def read_here(work, first, end, sector, length, alone):
-    """A read, if it takes no waiting. OK, ERR_*, COPY or LATER."""
-    disk = work.disk
-    status = check_range(disk, sector, length)
-    if status != OK or length == _ZERO:
-        return status
-    offset = sector << uint64(SECTOR_SHIFT)
-    if can_copy(disk, offset, length, alone):
-        return COPY
-    if disk.nowait:
-        return read_at_once(disk, work.segments, first, end, offset, length)
-    return LATER
-
-
-@inlined
-def write_here(work, sector, length, write_through, alone):
-    """A write, if it takes no waiting. OK, ERR_*, COPY or LATER."""
-    disk = work.disk
-    status = check_range(disk, sector, length)
-    if status != OK or disk.read_only:
-        return ERR_BAD_REQUEST
-    if length == _ZERO:
-        return OK
-    offset = sector << uint64(SECTOR_SHIFT)
-    if write_through:
-        return LATER
-    if disk.map_writable and can_copy(disk, offset, length, alone):
-        return COPY
-    return LATER
-
-
-@inlined
-def do_here(work, ring, kind, sector, first, end, length, alone):
-    """Do a parsed request if that takes no waiting. OK, ERR_*, COPY or LATER."""
-    if kind == BLK_T_IN:
-        return read_here(work, first, end, sector, length, alone)
-    if kind == BLK_T_OUT:
-        return write_here(work, sector, length, ring.write_through, alone)
-    if kind == BLK_T_FLUSH:
-        return OK if work.disk.unsafe else LATER
-    if kind in (BLK_T_DISCARD, BLK_T_WRITE_ZEROES):
-        return LATER
-    return ERR_UNSUPPORTED
-
-
-@kernel
-def nobody_else(work):
-    """Whether there is nobody to do requests but the worker itself."""
-    return work.uring.fd < 0 and work.helpers.shape[0] == 0
-
-
-@inlined
-def serve_next(work, ring, alone):
-    """Do the next request, or have somebody do it. OK, MISS, or an ERR_* that breaks the ring.
-
-    alone: no other was there, so that a copy need not wait for others to be done together with it.
-    """
+def serve_next(work, ring):
+    """Do the next request, whatever it is, or have somebody do it. OK, MISS, or an ERR_* that breaks the ring."""
     segments = work.segments
     status, head, readable, count, clean = look_at_next(ring, work.regions, segments, work.copied)
     if status != OK:
         return np.int64(status)
-    if alone:
-        ring.header = segments[0, 0]
     # Doing a request cuts its segments, so the log needs a copy of them.
     logged = SEGMENTS_MAX + readable
     logged_end = copy_rows(segments, int64(logged), readable, count) if ring.log_bytes else int64(logged)
@@ -124,7 +61,7 @@ def serve_next(work, ring, alone):
     )
     if status == ERR_NO_STATUS:
         return np.int64(status)
-    taken = take(ring, head, work.copied)
+    taken = take(ring, head, work.copied, int64(0))
     if taken != OK:
         return np.int64(taken)
     lap(work.board, stage.PARSE)
@@ -138,24 +75,20 @@ def serve_next(work, ring, alone):
             length = get_id(work.disk, segments, write_first, write_end)
         else:
             length = total_bytes(segments, first, end)
-            status = do_here(work, ring, kind, sector, first, end, length, alone)
-        if status == COPY and alone:
+            status = do_here(work.disk, segments, kind, sector, first, end, length, ring.write_through)
+        if status == COPY:
             offset = sector << uint64(SECTOR_SHIFT)
             status = copy_through_map(work.disk, segments, first, end, offset, length, kind == BLK_T_OUT, _ZERO, _ZERO)
             step = stage.COPY
             if status != OK:
                 status = LATER
-    if status in (COPY, LATER):
+    if status == LATER:
         short = end - first <= SEGMENTS_EACH and logged_end - logged <= SEGMENTS_EACH
-        if short and (status == COPY or not nobody_else(work)):
+        if short and not nobody_else(work):
             slot = keep(work, ring, head, kind, sector, length, first, end, status_address, logged, logged_end)
             lap(work.board, stage.KEEP)
-            if status == COPY:
-                work.copies[work.board.copies] = slot
-                work.board.copies += 1
-            else:
-                do_later(work, ring, slot)
-                lap(work.board, stage.HAND_ON)
+            do_later(work, ring, slot)
+            lap(work.board, stage.HAND_ON)
             return np.int64(OK)
         status = perform(work.disk, segments, work.scratch, kind, sector, first, end, ring.write_through)
     lap(work.board, step)
@@ -197,37 +130,29 @@ def serve_ring(work, ring):
             fetch_used(ring)
         lap(work.board, stage.FIND)
     while error == OK and available > 0 and done < TURN:
-        if not has_room(work.board, ring):
-            if work.board.copies:
-                copy_now(work)
-                continue
+        places = room(work.board, ring)
+        if places <= 0:
             ring.blocked = 1
             break
-        if done % AHEAD == 0 and available > 1 and not ring.packed and ring.resubmit_next == ring.resubmit_count:
-            look_ahead(ring, work.regions, work.copied, min(available, AHEAD))
-            lap(work.board, stage.AHEAD)
-        alone = ring.took == 1 and done == 0 if ring.packed else available == 1
-        error = serve_next(work, ring, alone and work.board.copies == 0)
-        if error != OK:
-            break
-        done += 1
-        if work.board.copies == COPIES_MAX:
-            copy_now(work)
+        some = np.int64(0)
+        if ring.resubmit_next == ring.resubmit_count and not ring.log_bytes:
+            some, error = serve_group(work, ring, min(group_size(ring, available), places, TURN - done))
+        if some == 0 and error == OK:
+            error = serve_next(work, ring)
+            some = np.int64(error == OK)
+        done += some
         # Who waited for the disk should not wait for the requests behind it as well.
         if ring.unpublished >= _PUBLISH_EVERY or work.disk.waited:
             work.disk.waited = 0
             show(work, ring)
-        available -= 1
-        if available == 0:
+        available -= some
+        if available <= 0 and error == OK:
             available = waiting(ring)
             error = np.int64(min(available, 0))
-    if work.board.copies:
-        copy_now(work)
     hand_on_open(work)
     tell_under_way(ring)
     if ring.unpublished:
         show(work, ring)
-    ring.took = done
     if error == MISS:
         wait_for_translation(work, ring)
     elif error != OK:

@@ -19,7 +19,7 @@ class BlockWork(NamedTuple):
     segments: npt.NDArray[np.uint64]  # [request_record.SEGMENT_ROWS, 2], the chain in hand first
     copied: npt.NDArray[np.uint64]  # [32768, 2], a chain copied out of its ring
     board: Record  # request_record.BOARD
-    copies: npt.NDArray[np.int64]  # [request_record.COPIES_MAX], slots of requests to be done by copying
+    chains: npt.NDArray[np.void]  # ring_record.CHAIN[CHAINS_MAX], those that are looked at together
     requests: npt.NDArray[np.void]  # request_record.REQUEST[REQUESTS_MAX]
     uring: Record  # uring_layout.URING; fd -1: none
     buffers: npt.NDArray[np.uint64]  # [b, 2], address and bytes of the registered buffers, by address; may be none

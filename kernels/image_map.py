@@ -85,12 +85,11 @@ def in_memory(disk, offset, length):
 
 
 @inlined
-def can_copy(disk, offset, length, alone):
-    """Whether a request of `length` bytes is done by copying. alone: no others are copied together with it."""
+def can_copy(disk, offset, length):
+    """Whether a request of `length` bytes is done by copying; if so, its first line is on the way into the cache."""
     if disk.map_address == _ZERO or length > COPY_MAX_BYTES or offset + length > disk.map_bytes:
         return False
-    if alone:
-        prefetch(disk.map_address + offset)
+    prefetch(disk.map_address + offset)
     return in_memory(disk, offset, length)
 
 

@@ -66,14 +66,14 @@ def state_at(ring, index):
 
 
 @kernel
-def note_taken(ring, copied):
-    """The chain copied[:ring.slots] is in our hands. OK (0), or ERR_INFLIGHT when the region is not what we left."""
+def note_taken(ring, copied, first):
+    """The chain copied[first:][:ring.slots] is in our hands. OK (0), or ERR_INFLIGHT: the region is damaged."""
     head = int64(load_u16(ring.inflight + _OLD_FREE_HEAD))
     free = head
     last = head
     if head >= ring.size:
         return ERR_INFLIGHT
-    for k in range(ring.slots):
+    for k in range(first, first + ring.slots):
         if free >= ring.size:
             return ERR_INFLIGHT
         state = state_at(ring, free)

@@ -75,18 +75,17 @@ def has_available(ring):
 
 
 @kernel
-def copy_chain(ring, copied):
-    """Copy the next available chain out of the ring into copied[:n], each descriptor once. n, or ERR_CHAIN_TOO_LONG.
+def copy_chain(ring, position, copied, first, most):
+    """Copy the chain at `position`, of at most `most` descriptors, into copied[first:][:n], each descriptor once.
 
-    The driver makes the first descriptor available last, so the others are there (2.8.6); `has_available` was true.
+    n, or ERR_CHAIN_TOO_LONG. It is available: the driver does that last, so all its descriptors are there (2.8.6).
     """
-    position = ring.last_avail_idx
     count = int64(0)
-    while count < ring.size:
+    while count < most:
         entry = entry_of(ring, position)
         word = load_acquire_u64(entry + _EIGHT)
-        copied[count, 0] = load_u64(entry)
-        copied[count, 1] = word
+        copied[first + count, 0] = load_u64(entry)
+        copied[first + count, 1] = word
         count += 1
         if not int64(word >> _FLAGS_SHIFT) & DESC_F_NEXT:
             return count

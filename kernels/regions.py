@@ -5,27 +5,27 @@ The columns are those of region_table.
 
 import numpy as np
 
-from kernels.jit import kernel
+from kernels.jit import inlined, kernel
 from kernels.region_table import ACCESS, ADDRESS, GPA, SIZE, UVA
 from kernels.virtio_layout import ACCESS_REFUSED
 
 _ZERO = np.uint64(0)
 
 
-@kernel
+@inlined
 def find_row(regions, start):
     """The row that holds driver address `start`; -1: none. The subtraction cannot wrap: it follows the comparison."""
     low = 0
     high = regions.shape[0]
-    while low < high:
+    while high - low > 1:
         middle = (low + high) >> 1
         if regions[middle, GPA] <= start:
-            low = middle + 1
+            low = middle
         else:
             high = middle
-    if low == 0 or start - regions[low - 1, GPA] >= regions[low - 1, SIZE]:
+    if high == 0 or start < regions[low, GPA] or start - regions[low, GPA] >= regions[low, SIZE]:
         return -1
-    return low - 1
+    return low
 
 
 @kernel
@@ -46,13 +46,19 @@ def locate(regions, start, length, access):
     return regions[row, ADDRESS] + offset, available
 
 
-@kernel
+@inlined
 def contiguous(regions, start, length, access):
     """Address here of `length` bytes from driver address `start` on that lie in one region; 0 when they do not."""
-    address, available = locate(regions, start, length, access)
-    if available < length or length == _ZERO:
+    row = find_row(regions, start)
+    if row < 0 or length == _ZERO:
         return _ZERO
-    return address
+    offset = start - regions[row, GPA]
+    if length > regions[row, SIZE] - offset:
+        return _ZERO
+    allowed = regions[row, ACCESS]
+    if allowed & np.uint64(ACCESS_REFUSED) or allowed & np.uint64(access) != np.uint64(access):
+        return _ZERO
+    return regions[row, ADDRESS] + offset
 
 
 @kernel

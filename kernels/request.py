@@ -19,7 +19,7 @@ def room_of(slot):
 
 @inlined
 def take_slot(board, requests, ring):
-    """A free slot for the chain in hand of `ring`; there is one (`has_room`)."""
+    """A free slot for the chain in hand of `ring`; there is one (`room`)."""
     slot = board.free
     request = requests[slot]
     board.free = request.next
@@ -44,11 +44,11 @@ def give_slot_back(board, requests, slot, ring):
 
 
 @inlined
-def has_room(board, ring):
-    """Whether one more chain of the ring can be under way, or another must end first."""
+def room(board, ring):
+    """How many more chains of the ring can be under way; 0: another must end first."""
     if ring.in_order and ring.under_way > 0:
-        return False
-    return board.free != NOBODY and ring.under_way < int64(REQUESTS_MAX // 2)
+        return int64(0)
+    return min(int64(REQUESTS_MAX) - board.under_way, int64(REQUESTS_MAX // 2) - ring.under_way)
 
 
 @inlined

@@ -11,8 +11,6 @@ REQUESTS_MAX = 512
 #: Rows of a segment list with room for the chain in hand twice, and for every request under way twice: the second
 #: copy stays whole and tells the dirty-page log what was written.
 SEGMENT_ROWS = 2 * SEGMENTS_MAX + REQUESTS_MAX * 2 * SEGMENTS_EACH
-#: Requests done by copying that are done together.
-COPIES_MAX = 8
 NOBODY = -1
 
 REQUEST = np.dtype(
@@ -44,7 +42,6 @@ BOARD = np.dtype(
     [
         ("free", "<i8"),  # first free slot
         ("under_way", "<i8"),
-        ("copies", "<i8"),  # those that the worker itself does next, by copying
         ("open", "<i8"),  # a read or write that the next one may be merged into; not handed on yet
         ("first_waiting", "<i8"),  # for a helper
         ("last_waiting", "<i8"),

@@ -43,7 +43,6 @@ RING = np.dtype(
         ("unpublished", "<i8"),  # chains given back since the last `publish`
         ("under_way", "<i8"),  # chains taken that somebody else is doing (kernels.request)
         ("blocked", "<i8"),  # 1 when chains wait in the ring for something under way to end
-        ("took", "<i8"),  # chains of the last turn that had any: a packed ring does not tell how many there are
         ("header", "<u8"),  # of the last request that came alone: the driver is likely to put the next one there too
         ("requests", "<u8"),
         ("errors", "<u8"),
@@ -54,6 +53,32 @@ RING = np.dtype(
         ("calls", "<u8"),
         ("turns", "<u8"),
         ("waiting_sum", "<u8"),
+    ],
+    align=True,
+)
+
+#: Chains that are looked at together.
+CHAINS_MAX = 16
+
+#: A chain of the usual shape (kernels.usual_chain) that was looked at, before and after it is taken.
+CHAIN = np.dtype(
+    [
+        ("head", "<i8"),  # what a split ring knows it by
+        ("slots", "<i8"),  # RING's fields of these names (packed)
+        ("buffer_id", "<i8"),
+        ("entry", "<i8"),
+        ("copied", "<i8"),  # first row of the copy of its descriptors (packed)
+        ("table", "<u8"),  # address of the descriptors that `index` counts
+        ("index", "<i8"),  # of the first descriptor with a buffer
+        ("entries", "<i8"),  # of the table
+        ("first", "<u8"),  # its buffers' addresses in this process: the readable one,
+        ("data", "<u8"),  # the one of either kind,
+        ("data_bytes", "<u8"),
+        ("data_writable", "<i8"),
+        ("last", "<u8"),  # and the writable one
+        ("kind", "<i8"),  # of the request in it: BLK_T_*
+        ("sector", "<u8"),
+        ("status", "<i8"),  # what is to be done with it, or how it ended: kernels.status
     ],
     align=True,
 )

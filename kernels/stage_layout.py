@@ -19,7 +19,6 @@ STAGES = (
     "keep",
     "do",
     "hand on",
-    "fetch",
     "copy",
     "collect",
     "answer",
@@ -28,16 +27,17 @@ STAGES = (
     "spin",
     "sleep",
 )
-COMMANDS, FIND, AHEAD, PARSE, KEEP, DO, HAND_ON, FETCH, COPY, COLLECT, ANSWER, PUBLISH, CALL, SPIN, SLEEP = range(15)
+COMMANDS, FIND, AHEAD, PARSE, KEEP, DO, HAND_ON, COPY, COLLECT, ANSWER, PUBLISH, CALL, SPIN, SLEEP = range(14)
 assert STAGES[SLEEP] == "sleep"
 
 #: One for each worker, which is its only writer; 128-byte aligned. The cycles of all stages are all the time there was.
 STAGE_RECORD = np.dtype(
     [
-        ("cycles", "<u8", (15,)),  # by stage
-        ("laps", "<u8", (15,)),  # how often a stage ended; of `parse`: requests taken
+        ("cycles", "<u8", (14,)),  # by stage
+        ("laps", "<u8", (14,)),  # how often a stage ended; of `parse`: requests taken
         ("last", "<u8"),  # the cycle counter when the last one ended
         ("hertz", "<u8"),  # cycles a second
+        ("_pad", "<u8", (2,)),
     ]
 )
 assert STAGE_RECORD.itemsize == 256

@@ -4,6 +4,7 @@ OK = 0
 MISS = 1  # the IOTLB lacks an address: nothing was taken, try again when it has come
 LATER = 2  # the request is not done yet: somebody else does it, or has to
 COPY = 3  # it is done by copying
+UNDER_WAY = 4  # somebody else does it
 
 # A driver broke the ring's structure: the vring is marked broken (virtio 1.2, 2.1.2 asks for a device reset).
 ERR_AVAIL_IDX = -1  # more entries made available than the ring holds (2.7.6)

@@ -132,7 +132,10 @@ def look_at_next(ring, regions, segments, copied):
         if head >= ring.size:
             return ERR_HEAD_INDEX, int64(0), int64(0), int64(0), 0
     if ring.packed:
-        length = inflight_packed.copy_inflight(ring, head, copied) if again else packed_ring.copy_chain(ring, copied)
+        if again:
+            length = inflight_packed.copy_inflight(ring, head, copied)
+        else:
+            length = packed_ring.copy_chain(ring, ring.last_avail_idx, copied, int64(0), ring.size)
         if length < 0:
             return length, int64(0), int64(0), int64(0), 0
         status, readable, count, clean = packed_ring.read_copied(ring, regions, copied, length, segments)
@@ -146,13 +149,16 @@ def look_at_next(ring, regions, segments, copied):
 
 
 @kernel
-def take(ring, head, copied):
-    """The chain that was looked at is ours from here on. OK, or ERR_INFLIGHT."""
+def take(ring, head, copied, first):
+    """The chain that was looked at is ours from here on. OK, or ERR_INFLIGHT.
+
+    copied[first:]: its descriptors, if the ring is packed.
+    """
     if ring.resubmit_next < ring.resubmit_count:
         ring.resubmit_next += 1
         return OK
     if ring.packed:
-        if inflight_packed.note_taken(ring, copied) != OK:
+        if inflight_packed.note_taken(ring, copied, first) != OK:
             return ERR_INFLIGHT
         ring.last_avail_idx = packed_ring.advance(ring.last_avail_idx, ring.slots, ring.size)
         return OK

@@ -11,7 +11,7 @@ from kernels.blk_queue import end_some, serve_ring
 from kernels.blk_work import BlockWork
 from kernels.blk_worker import OWN_POLLFDS, drain
 from kernels.loop_record import POLLFD, POLLIN
-from kernels.request_record import COPIES_MAX
+from kernels.ring_record import CHAIN, CHAINS_MAX
 from tests.kernels.others import shared
 from tests.kernels.ring_pair import ONE
 from tests.model.blk import BlockModel
@@ -83,7 +83,7 @@ class DiskPair:
             segments=others.segments,
             copied=_COPIED,
             board=others.boards[0],
-            copies=np.zeros(COPIES_MAX, np.int64),
+            chains=np.zeros(CHAINS_MAX, CHAIN),
             requests=others.requests,
             uring=others.urings[0],
             buffers=np.zeros((0, 2), np.uint64),

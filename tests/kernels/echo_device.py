@@ -62,7 +62,7 @@ def echo(ring, regions, memory, segments, copied, one, limit, group, ends_at, ch
         looked += 1
         if point == ends_at:
             return looked, int64(KILLED), rows
-        status = int64(take(ring, head, copied))
+        status = int64(take(ring, head, copied, int64(0)))
         if status != OK:
             break
         if point + 1 == ends_at:

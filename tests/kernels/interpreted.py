@@ -49,6 +49,8 @@ class Interpreter:
             return self._access(*_WIDTHS[name])
         if name == "full_fence":
             return lambda: None
+        if name.startswith("prefetch"):
+            return lambda address: None
         return value
 
     def _function(self, real):
@@ -76,6 +78,16 @@ class Interpreter:
             self.on_store(int(address), bits // 8)
 
         return load if loads else store
+
+
+class Records:
+    """An array of records, as `Fields` each."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __getitem__(self, index):
+        return Fields(self._array[index])
 
 
 class Fields:

@@ -8,7 +8,7 @@ import numpy as np
 
 from kernels import control_block as cb
 from kernels import status, vring
-from kernels.inflight_layout import part_bytes
+from kernels.inflight_layout import PACKED_HEAD, PACKED_STATE, part_bytes
 from kernels.request_record import SEGMENTS_MAX
 from kernels.ring_record import RING
 from tests.kernels.echo_device import KILLED, chain_buffers, echo, model_echo
@@ -185,8 +185,12 @@ class RingPair:
             code.resume(self.ring_record, np.uint16(self.base), heads, counters)
         self.adopt()
 
-    def compare(self):
-        """Everything that either side may have written, and what lies around it."""
+    def compare(self, *, one_by_one=True):
+        """Everything that either side may have written, and what lies around it.
+
+        one_by_one: chains were taken and given back in turn. If not, the entries that they had in a packed ring's
+        inflight region are the kernel's choice; all must be free by now.
+        """
         if not np.array_equal(self._kernel_bytes, self._model_bytes):
             where = np.flatnonzero(self._kernel_bytes != self._model_bytes)
             mine, expected = (side[where][:16].tobytes().hex() for side in (self._kernel_bytes, self._model_bytes))
@@ -196,7 +200,9 @@ class RingPair:
             )
         if self.memory.log is not None:
             assert self._log[:LOG_BYTES].tobytes() == self.memory.log, "dirty log"
-        if self.model_inflight is not None:
+        if self.model_inflight is not None and self.packed and not one_by_one:
+            self._check_all_free()
+        elif self.model_inflight is not None:
             assert self.inflight_bytes.tobytes() == self.model_inflight, "inflight region"
         ring = self.rings[0]
         assert (ring["last_avail_idx"], ring["used_idx"]) == (self.model.last_avail_idx, self.model.used_idx)
@@ -251,13 +257,29 @@ class RingPair:
                 overwrite[:2] * self.place.size
             )
         self.sync()
-        assert vring.take(ring, answer[1], _COPIED) == status.OK
+        assert vring.take(ring, answer[1], _COPIED, 0) == status.OK
         self.model.take(chain)
         vring.give_back(ring, self.table, answer[1], np.uint64(7))
         self.model.give_back(chain, 7)
         vring.publish(ring, one)
         self.model.publish()
         self.compare()
+
+    def _check_all_free(self):
+        """No entry of a packed ring's inflight region is in use, every one is in the list of free ones, once."""
+        head = self.inflight_bytes[: PACKED_HEAD.itemsize].view(PACKED_HEAD)[0]
+        end = PACKED_HEAD.itemsize + self.place.size * PACKED_STATE.itemsize
+        states = self.inflight_bytes[PACKED_HEAD.itemsize : end].view(PACKED_STATE)
+        assert not states["inflight"].any()
+        assert head["free_head"] == head["old_free_head"]
+        for field in ("used_idx", "used_wrap_counter"):
+            at = PACKED_HEAD.fields[field][1]
+            assert head[field] == head[f"old_{field}"] == self.model_inflight[at], field
+        free, at = [], int(head["free_head"])
+        while len(free) < self.place.size:
+            free.append(at)
+            at = int(states[at]["next"])
+        assert sorted(free) == list(range(self.place.size))
 
     def called(self):
         """Whether the driver was called since the last time it was asked for; both sides agree on how often."""

@@ -62,7 +62,7 @@ def serve_both(pair, disk):
     # When something is shown to the driver, and so how often it may have to be called, is the kernel's choice.
     assert int(ring["calls"]) - before <= done
     pair.model.calls = int(ring["calls"])
-    pair.compare()
+    pair.compare(one_by_one=False)
     assert disk.image() == disk.model.image, "image"
     return expected, rule
 
@@ -129,19 +129,24 @@ def disturb(
         slot = pick % uint64(table_entries if in_table else entries)
         entry = (table_address if in_table else ring_address) + slot * uint64(16)
         what = (state >> uint64(3)) & uint64(255)
-        header = slot & uint64(1) == uint64(0)
+        role = slot & uint64(3)
         if what < uint64(120):
-            # What a driver would write: every second descriptor has a header, the next one room for data and status.
-            flags = uint64(1) if header else uint64(2)
+            # What a driver would write: every fourth descriptor has a header, the next one room for data, or for data
+            # and status, and the one behind it room for a status.
+            header = role == uint64(0)
+            more = role == uint64(1) and pick & uint64(0x60000)
+            flags = uint64(1) if header else uint64(3) if more else uint64(2)
             if packed:
                 flags |= uint64(0x80) if pick & uint64(0x10000) else uint64(0x8000)
             start = uint64(0x8000000) if header else uint64(0x4000000)
-            length = uint64(16) if header else (pick & uint64(1)) * uint64(512) + uint64(1)
+            length = uint64(16) if header else uint64(1)
+            if role == uint64(1):
+                length = uint64(512) if more else (pick & uint64(1)) * uint64(512) + uint64(1)
             store_u64(entry, start + (pick % uint64(0x380)) * uint64(16))
             place = flags << uint64(48) if packed else flags << uint64(32) | (slot + uint64(1)) << uint64(48)
             store_u64(entry + uint64(8), length | place)
         elif what < uint64(250) and not packed:
-            store_u16(avail_address + uint64(4) + uint64(2) * (pick % uint64(size)), uint16(slot & ~uint64(1)))
+            store_u16(avail_address + uint64(4) + uint64(2) * (pick % uint64(size)), uint16(slot & ~uint64(3)))
             store_u16(avail_address + uint64(2), uint16(load_u16(used_address + uint64(2)) + (pick & uint64(3))))
         elif what < uint64(252):
             store_u64(entry, state)

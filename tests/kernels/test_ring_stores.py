@@ -40,7 +40,7 @@ def serve_one(code, ring, pair):
         return False
     answer = code.look_at_next(ring, pair.regions, SEGMENTS, COPIED)
     assert answer[0] == status.OK
-    assert code.take(ring, answer[1], COPIED) == status.OK
+    assert code.take(ring, answer[1], COPIED, 0) == status.OK
     code.give_back(ring, pair.table, answer[1], np.uint64(5))
     code.publish(ring, ONE)
     return True
@@ -175,7 +175,7 @@ def test_driver_that_writes_between_any_two_loads(packed, seed):
         for address, length in SEGMENTS[: answer[3]].tolist():
             inside = any(start <= address and address + length <= start + size for start, size in pieces)
             assert inside or address == 0
-        assert vring.take(ring, answer[1], COPIED) == status.OK
+        assert vring.take(ring, answer[1], COPIED, 0) == status.OK
         vring.give_back(ring, pair.table, answer[1], np.uint64(5))
         assert int(ring["used_idx"]) & 0x7FFF < pair.place.size or not packed
         pair.adopt()
@@ -214,7 +214,7 @@ def test_damaged_inflight_region(packed, seed):
             if vring.waiting(ring) <= 0:
                 break
             answer = vring.look_at_next(ring, pair.regions, SEGMENTS, COPIED)
-            if answer[0] != status.OK or vring.take(ring, answer[1], COPIED) != status.OK:
+            if answer[0] != status.OK or vring.take(ring, answer[1], COPIED, 0) != status.OK:
                 break
             vring.give_back(ring, pair.table, answer[1], np.uint64(1))
         pair.check_guards()

@@ -34,6 +34,10 @@ class RandomDriver:
         length = 1 + int(chance() * (80 if chance() < 0.9 else 0x800))
         return start + int(chance() * (room - length)), length
 
+    def count(self, most):
+        """How many buffers a chain is to have."""
+        return 1 + int(self.rng.random() * most)
+
     def buffers(self, count):
         """[(address, length, flags)] in an order that is allowed."""
         writable = int(self.rng.random() * (count + 1))
@@ -101,6 +105,10 @@ class RandomSplitDriver(RandomDriver):
         struct.pack_into("<HH", self.data, place.avail, 0, index)
         struct.pack_into("<HH", self.data, place.used, 0, index)
 
+    def before_table(self, count):
+        """How many descriptors a chain has before the one that refers to a table (2.7.5.3.1)."""
+        return self.rng.randrange(count) if self.rng.random() < 0.3 else 0
+
     @staticmethod
     def split_fields(flags, following):
         return flags, following
@@ -114,13 +122,12 @@ class RandomSplitDriver(RandomDriver):
         rng, place = self.rng, self.place
         if not self.free:
             return False
-        count = min(1 + int(rng.random() * self.longest), self.free)
+        count = min(self.count(self.longest), self.free)
         buffers = self.buffers(count)
         direct = count
         if place.indirect and rng.random() < 0.4:
-            # 2.7.5.3.1: direct ones first, then one table.
-            direct = rng.randrange(count) if rng.random() < 0.3 else 0
-            more = rng.randrange(1, 8)
+            direct = self.before_table(count)
+            more = self.count(7)
             buffers = self.buffers(direct + more)
             address, offset = self.table(more)
             order = list(range(1, more))
@@ -222,10 +229,10 @@ class RandomPackedDriver(RandomDriver):
         rng, place = self.rng, self.place
         if not self.free:
             return False
-        count = min(1 + int(rng.random() * self.longest), self.free)
+        count = min(self.count(self.longest), self.free)
         buffers = self.buffers(count)
         if place.indirect and rng.random() < 0.4:
-            more = rng.randrange(1, 8)
+            more = self.count(7)
             address, offset = self.table(more)
             for k, (start, length, flags) in enumerate(self.buffers(more)):
                 # 2.8.7: the id and every flag but WRITE mean nothing here.

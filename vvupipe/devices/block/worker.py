@@ -17,6 +17,7 @@ from kernels import request_record as request
 from kernels.blk_disk import BOUNCE_BYTES, DISK, GRANULE_SHIFT, VECTOR_BYTES
 from kernels.blk_parts import PARTS
 from kernels.region_table import ADDRESS, SIZE
+from kernels.ring_record import CHAIN, CHAINS_MAX
 from kernels.uring_layout import URING
 from kernels.virtio_layout import BLK_ID_BYTES, QUEUE_SIZE_MAX, SECTOR_BYTES
 from vvupipe.errors import WorkerError
@@ -62,7 +63,7 @@ class BlockKernel:
         self._segments = np.zeros((request.SEGMENT_ROWS, 2), np.uint64)
         self._copied = np.zeros((QUEUE_SIZE_MAX, 2), np.uint64)
         self._requests = np.zeros(request.REQUESTS_MAX, request.REQUEST)
-        self._copies = np.zeros(request.COPIES_MAX, np.int64)
+        self._chains = np.zeros(CHAINS_MAX, CHAIN)
         self._board = np.zeros(1, request.BOARD)
         self._tokens = np.zeros(request.REQUESTS_MAX, np.uint64)
         self._results = np.zeros(request.REQUESTS_MAX, np.int64)
@@ -170,7 +171,7 @@ class BlockKernel:
         parts["segments"] = self._segments.ctypes.data
         parts["copied"] = self._copied.ctypes.data
         parts["board"] = self._board.ctypes.data
-        parts["copies"] = self._copies.ctypes.data
+        parts["chains"] = self._chains.ctypes.data
         parts["requests"] = self._requests.ctypes.data
         parts["uring"] = (self._uring.record if self._uring else self._no_uring).ctypes.data
         parts["tokens"] = self._tokens.ctypes.data
