@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 
 from kernels import status, usual_chain, vring
+from kernels.region_table import ACCESS
 from kernels.ring_record import CHAIN, CHAINS_MAX
 from kernels.usual_chain import look_at_usual
 from tests.kernels.interpreted import Fields, Interpreter, Records
@@ -125,10 +126,11 @@ def test_all_usual_chains_are_found(packed, seed):
 @examples(400)
 @given(seed=SEEDS)
 def test_what_is_found_is_what_there_is(packed, seed):
-    """Whatever a driver writes."""
+    """Whatever a driver writes, and whichever way its memory may be used."""
     rng = random.Random(seed)
     pair, driver = usual_world(rng, packed, 0.3, size=16)
     ring = pair.rings[0]
+    pair.regions[pair.regions[:, 0] == 0x400_4000, ACCESS] = rng.choice((3, 3, 1, 2, 4))
     for _ in range(10):
         put(driver, rng.randrange(1, 12))
         if rng.random() < 0.7:
@@ -153,7 +155,7 @@ def test_driver_that_writes_between_any_two_loads(packed, seed):
     rng = random.Random(seed)
     pair, driver = usual_world(rng, packed, 0.1, size=rng.choice((4, 8, 16)))
     read_only = pair.regions[:, 0] == 0x800_0000
-    pair.regions[read_only, 4] = 1
+    pair.regions[read_only, ACCESS] = 1
     pieces = [(pair.address(piece, 0), len(data), piece == 3) for piece, data in enumerate(pair.memory.pieces)]
     chance = rng.choice((0.02, 0.3))
 
