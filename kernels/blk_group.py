@@ -20,6 +20,9 @@ from kernels.status import COPY, LATER, OK, UNDER_WAY
 from kernels.usual_chain import hold, look_at_usual, take_usual
 from kernels.virtio_layout import BLK_HEADER_SIZE, BLK_T_IN, BLK_T_OUT, SECTOR_SHIFT
 
+#: Copies of a group end with the one that reaches this: then those that were copied have waited long enough.
+GROUP_BYTES = np.uint64(512 << 10)
+
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
 _HEADER_BYTES = np.uint64(BLK_HEADER_SIZE)
@@ -34,6 +37,7 @@ def parse_group(work, ring, count):
     """
     # With nobody to hand it to, or none to pass it, one that waits has the ring for itself.
     waits_alone = ring.in_order or nobody_else(work)
+    copied = _ZERO
     for k in range(count):
         chain = work.chains[k]
         kind = int64(load_u32(chain.first))
@@ -44,12 +48,16 @@ def parse_group(work, ring, count):
         work.segments[k, 1] = chain.data_bytes
         chain.kind = kind
         chain.sector = sector
+        lap(work.board, stage.PARSE)
         chain.status = do_here(work.disk, work.segments, kind, sector, k, k + 1, chain.data_bytes, ring.write_through)
         if chain.status == COPY and count > 1:
             fetch(work.disk, sector << uint64(SECTOR_SHIFT), chain.data_bytes)
+            copied += chain.data_bytes
         if chain.status == LATER and waits_alone:
             return max(k, 1)
-        lap(work.board, stage.PARSE)
+        lap(work.board, stage.DO)
+        if copied >= GROUP_BYTES:
+            return k + 1
     return count
 
 
@@ -137,6 +145,8 @@ def serve_group(work, ring, most):
     count = look_at_usual(ring, work.regions, work.copied, work.chains, most, _HEADER_BYTES, _ONE)
     lap(work.board, stage.AHEAD)
     count = parse_group(work, ring, count)
+    if count == 0:
+        return count, int64(OK)
     if count == 1:
         ring.header = work.chains[0].first
     count, error = take_group(work, ring, count)

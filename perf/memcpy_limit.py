@@ -2,7 +2,7 @@
 
 Nothing but the copies is done: no ring, no second CPU, the random numbers of the workload. `ahead` 1 copies block after
 block; more fetches the first lines of that many blocks into the cache before it copies them, which is what
-kernels/blk_lookahead.py does and the harder limit.
+kernels/blk_group.py does and the harder limit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-AHEAD_MAX = 8
+AHEAD_MAX = 16
 _BATCH = 4096
 _WARM_UP_S = 0.2
 

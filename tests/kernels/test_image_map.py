@@ -10,6 +10,7 @@ import pytest
 from kernels import image_map
 from kernels.blk_disk import DISK, GRANULE_SHIFT
 from kernels.image_map import COPY_MAX_BYTES, MARK_MAX
+from kernels.region_table import ADDRESS
 from tests.kernels.batch_disk import batch_disk
 from tests.kernels.others import by_hand, shared
 from tests.kernels.test_blk_any_order import KINDS
@@ -187,3 +188,30 @@ def test_marks_are_made_anew():
         assert 1 <= seen[-1] <= MARK_MAX
         assert not (marks == disk["granule_mark"]).any()
     assert len(set(seen)) == MARK_MAX
+
+
+@KINDS
+@pytest.mark.parametrize("lost", [False, True])
+def test_copies_behind_one_that_failed(kind, lost):
+    """One of four that are copied together counts as a SIGBUS; with `lost`, the file cannot be mapped there again."""
+    opened = []
+
+    def not_writable(disk):
+        if lost:
+            opened.append(os.open(f"/proc/self/fd/{int(disk['fd'])}", os.O_RDONLY))
+            disk["fd"] = opened[0]
+
+    with batch_disk(shared(kind), mapped=True, prepare=not_writable) as world:
+        disk = world.disk.disks[0]
+        requests = [world.batch.put(IN, sector, size=512) for sector in (5, 70, 9, 33)]
+        # What is read there is taken for the counter of bus errors, which so changes while it is read.
+        disk["bus_errors"] = world.table[0, ADDRESS] + np.uint64(requests[1].buffer)
+        world.batch.show()
+        world.serve_all()
+        for request in requests:
+            assert request.status == OK
+            assert request.data == world.content[512 * request.sector :][:512]
+        assert bool(disk["map_address"]) != lost
+        world.check_done()
+    for fd in opened:
+        os.close(fd)
