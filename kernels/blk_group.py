@@ -15,7 +15,7 @@ from kernels.blk_later import do_later, keep, nobody_else
 from kernels.image_map import copy_through_map, fetch
 from kernels.jit import inlined, kernel
 from kernels.memory import load_u32, load_u64
-from kernels.stages import lap
+from kernels.stages import lap, lap_many
 from kernels.status import COPY, LATER, OK, UNDER_WAY
 from kernels.usual_chain import hold, look_at_usual, take_usual
 from kernels.virtio_layout import BLK_HEADER_SIZE, BLK_T_IN, BLK_T_OUT, SECTOR_SHIFT
@@ -29,33 +29,39 @@ _HEADER_BYTES = np.uint64(BLK_HEADER_SIZE)
 
 
 @inlined
-def parse_group(work, ring, count):
-    """Read the headers (virtio 1.2, 5.2.6) of work.chains[:count], and do what needs no copying and no waiting.
+def parse_group(work, count):
+    """Read the headers (virtio 1.2, 5.2.6) of work.chains[:count]. Returns how many, from the first, read or write."""
+    for k in range(count):
+        chain = work.chains[k]
+        kind = int64(load_u32(chain.first))
+        if kind != (BLK_T_IN if chain.data_writable else BLK_T_OUT):
+            return k
+        chain.kind = kind
+        chain.sector = load_u64(chain.first + uint64(8))
+    return count
 
-    Returns how many of them, from the first, are reads and writes; their `status` tells what is to be done.
-    segments[k] becomes the data of the k-th.
+
+@inlined
+def start_group(work, ring, count):
+    """Do those of work.chains[:count] that take neither copying nor waiting; `status` tells what is left to be done.
+
+    Returns how many of them the group has, from the first. segments[k] becomes the data of the k-th.
     """
     # With nobody to hand it to, or none to pass it, one that waits has the ring for itself.
     waits_alone = ring.in_order or nobody_else(work)
     copied = _ZERO
     for k in range(count):
         chain = work.chains[k]
-        kind = int64(load_u32(chain.first))
-        sector = load_u64(chain.first + uint64(8))
-        if kind != (BLK_T_IN if chain.data_writable else BLK_T_OUT):
-            return k
         work.segments[k, 0] = chain.data
         work.segments[k, 1] = chain.data_bytes
-        chain.kind = kind
-        chain.sector = sector
-        lap(work.board, stage.PARSE)
-        chain.status = do_here(work.disk, work.segments, kind, sector, k, k + 1, chain.data_bytes, ring.write_through)
+        chain.status = do_here(
+            work.disk, work.segments, chain.kind, chain.sector, k, k + 1, chain.data_bytes, ring.write_through
+        )
         if chain.status == COPY and count > 1:
-            fetch(work.disk, sector << uint64(SECTOR_SHIFT), chain.data_bytes)
+            fetch(work.disk, chain.sector << uint64(SECTOR_SHIFT), chain.data_bytes)
             copied += chain.data_bytes
         if chain.status == LATER and waits_alone:
             return max(k, 1)
-        lap(work.board, stage.DO)
         if copied >= GROUP_BYTES:
             return k + 1
     return count
@@ -144,12 +150,16 @@ def serve_group(work, ring, most):
     """
     count = look_at_usual(ring, work.regions, work.copied, work.chains, most, _HEADER_BYTES, _ONE)
     lap(work.board, stage.AHEAD)
-    count = parse_group(work, ring, count)
+    count = parse_group(work, count)
+    lap(work.board, stage.PARSE)
     if count == 0:
         return count, int64(OK)
     if count == 1:
         ring.header = work.chains[0].first
+    count = start_group(work, ring, count)
+    lap(work.board, stage.DO)
     count, error = take_group(work, ring, count)
+    lap_many(work.board, stage.TAKE, count)
     copy_group(work, count)
     lap(work.board, stage.COPY)
     answer_group(work, ring, count)

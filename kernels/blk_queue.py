@@ -61,10 +61,11 @@ def serve_next(work, ring):
     )
     if status == ERR_NO_STATUS:
         return np.int64(status)
+    lap(work.board, stage.PARSE)
     taken = take(ring, head, work.copied, int64(0))
     if taken != OK:
         return np.int64(taken)
-    lap(work.board, stage.PARSE)
+    lap(work.board, stage.TAKE)
     first, end = (write_first, write_end) if kind == BLK_T_IN else (read_first, read_end)
     length = _ZERO
     step = stage.DO

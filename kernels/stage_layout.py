@@ -16,6 +16,7 @@ STAGES = (
     "find",
     "look ahead",
     "parse",
+    "take",
     "keep",
     "do",
     "hand on",
@@ -27,17 +28,16 @@ STAGES = (
     "spin",
     "sleep",
 )
-COMMANDS, FIND, AHEAD, PARSE, KEEP, DO, HAND_ON, COPY, COLLECT, ANSWER, PUBLISH, CALL, SPIN, SLEEP = range(14)
+COMMANDS, FIND, AHEAD, PARSE, TAKE, KEEP, DO, HAND_ON, COPY, COLLECT, ANSWER, PUBLISH, CALL, SPIN, SLEEP = range(15)
 assert STAGES[SLEEP] == "sleep"
 
 #: One for each worker, which is its only writer; 128-byte aligned. The cycles of all stages are all the time there was.
 STAGE_RECORD = np.dtype(
     [
-        ("cycles", "<u8", (14,)),  # by stage
-        ("laps", "<u8", (14,)),  # how often a stage ended; of `parse`: requests taken
+        ("cycles", "<u8", (15,)),  # by stage
+        ("laps", "<u8", (15,)),  # how often a stage ended; of `take`: requests
         ("last", "<u8"),  # the cycle counter when the last one ended
         ("hertz", "<u8"),  # cycles a second
-        ("_pad", "<u8", (2,)),
     ]
 )
 assert STAGE_RECORD.itemsize == 256

@@ -14,21 +14,29 @@ _LAPS = np.uint64(STAGE_RECORD.fields["laps"][1])
 _LAST = np.uint64(STAGE_RECORD.fields["last"][1])
 _HERTZ = np.uint64(STAGE_RECORD.fields["hertz"][1])
 _EIGHT = np.uint64(8)
-_ONE = np.uint64(1)
 _CALIBRATION_NS = 20_000_000
 
 
 @inlined
-def lap(board, stage):
-    """The stage `stage` (stage_layout) ends here, and another begins. board: request_record.BOARD, for its `stages`."""
+def lap_many(board, stage, count):
+    """The stage `stage` (stage_layout) of so many requests ends here, and another begins.
+
+    board: request_record.BOARD, for its `stages`.
+    """
     if STAGES_ON:
         now = cycle_counter()
         record = board.stages
         cycles = record + _EIGHT * uint64(stage)
         laps = cycles + _LAPS
         store_u64(cycles, load_u64(cycles) + now - load_u64(record + _LAST))
-        store_u64(laps, load_u64(laps) + _ONE)
+        store_u64(laps, load_u64(laps) + uint64(count))
         store_u64(record + _LAST, now)
+
+
+@inlined
+def lap(board, stage):
+    """The same, of one or of however many: it counts as one."""
+    lap_many(board, stage, int64(1))
 
 
 @kernel

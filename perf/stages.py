@@ -18,7 +18,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernels.stage_layout import PARSE, SLEEP, STAGES, STAGES_ENV
+from kernels.stage_layout import SLEEP, STAGES, STAGES_ENV, TAKE
 from perf.live_view import Watched
 from perf.plain import count
 
@@ -48,7 +48,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     total = span_s * new["hertz"]
     # A sleep counts when it ends: the first one began before the interval, the last one goes on behind it.
     cycles[SLEEP] = max(0, round(total - sum(cycles[:SLEEP])))
-    requests = laps[PARSE]
+    requests = laps[TAKE]
     awake = sum(cycles[:SLEEP])
     stages = {
         name: {
