@@ -14,9 +14,14 @@ make_venv "[dev]"
 VVUPIPE_NEW_QEMU=${VVUPIPE_NEW_QEMU:-$("$ROOT/scripts/newer_qemu.sh" || true)}
 export VVUPIPE_NEW_QEMU
 cd "$ROOT"
+"$PYTHON" -m tests.compile_kernels &
+compiling=$!
+trap 'kill "$compiling" 2>/dev/null || true' EXIT
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
+wait "$compiling"
+trap - EXIT
 for argument in "$@"; do
     # Somebody wants certain tests: one run, in order.
     case $argument in --*) ;; *) exec "$PYTHON" -m pytest "$@" ;; esac

@@ -54,6 +54,12 @@ find_python() {
 
 # make_venv EXTRA: EXTRA is "" or "[dev]".
 make_venv() {
+    install_venv "$1"
+    # An editable install leaves that to the first run, which in an emulated guest takes seconds and is forgotten.
+    "$PYTHON" -m compileall -q "$ROOT/vvupipe" "$ROOT/kernels"
+}
+
+install_venv() {
     local extra=$1 base stamp
     base=$(find_python)
     stamp="$VENV/.installed$extra"

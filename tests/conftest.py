@@ -4,13 +4,11 @@ Property tests draw new examples in every run by hand, and the same in every run
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.compile_kernels import compile_kernels
 from vvupipe.workers import kernel_cache
 
 for _name, _value in kernel_cache.environment().items():
@@ -29,9 +27,4 @@ settings.load_profile("ci" if os.environ.get("CI") else "by hand")
 def pytest_sessionstart(session):
     """Have the kernels compiled, which two processes would do at once, each within the time limit of its first test."""
     if not hasattr(session.config, "workerinput"):
-        code = "import sys; from vvupipe.workers.kernel_library import KernelLibrary; KernelLibrary(sys.argv[1])"
-        root = Path(__file__).resolve().parents[1]
-        compiling = [
-            subprocess.Popen([sys.executable, "-c", code, name], cwd=root) for name in ("blk", "driver", "relay")
-        ]
-        assert [each.wait(600) for each in compiling] == [0, 0, 0]
+        compile_kernels()

@@ -9,7 +9,6 @@ will not take: those of another copy of vvupipe.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -25,11 +24,15 @@ from kernels.stage_layout import STAGES_ON
 CPU_NAME = "generic"
 
 
-def _kernel_sources() -> list[Path]:
-    spec = importlib.util.find_spec("kernels")
+def _folders_of(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.submodule_search_locations is not None
-    return sorted(path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.py"))
+    return [Path(folder) for folder in spec.submodule_search_locations]
+
+
+def _kernel_sources() -> list[Path]:
+    return sorted(path for folder in _folders_of("kernels") for path in folder.glob("*.py"))
 
 
 def _has_avx2(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -56,8 +59,9 @@ def _sources_digest() -> str:
 
 def digest(features: str) -> str:
     """12 hex digits that change whenever compiled kernels may. features: of the CPU that they are compiled for."""
-    numba = importlib.metadata.version("numba")
-    versions = f"{sys.version} numba {numba} {CPU_NAME} {features} stages {STAGES_ON}"
+    # importlib.metadata would tell as well, but takes longer to import than all of this.
+    numba = (_folders_of("numba")[0] / "_version.py").read_bytes()
+    versions = f"{sys.version} numba {numba!r} {CPU_NAME} {features} stages {STAGES_ON}"
     return hashlib.sha256(f"{versions} {_sources_digest()}".encode()).hexdigest()[:12]
 
 
