@@ -10,13 +10,13 @@ else
     echo "Not a Debian system: tests that need QEMU, a guest kernel or busybox are skipped where those are missing" >&2
 fi
 make_venv "[dev]"
-# Debian 12 has no QEMU with a vfio-user client; tests that want one are skipped where it cannot be had.
-VVUPIPE_NEW_QEMU=${VVUPIPE_NEW_QEMU:-$("$ROOT/scripts/newer_qemu.sh" || true)}
-export VVUPIPE_NEW_QEMU
 cd "$ROOT"
 "$PYTHON" -m tests.compile_kernels &
 compiling=$!
 trap 'kill "$compiling" 2>/dev/null || true' EXIT
+# Debian 12 has no QEMU with a vfio-user client; tests that want one are skipped where it cannot be had.
+VVUPIPE_NEW_QEMU=${VVUPIPE_NEW_QEMU:-$("$ROOT/scripts/newer_qemu.sh" || true)}
+export VVUPIPE_NEW_QEMU
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
@@ -26,10 +26,9 @@ for argument in "$@"; do
     # Somebody wants certain tests: one run, in order.
     case $argument in --*) ;; *) exec "$PYTHON" -m pytest "$@" ;; esac
 done
-# Two at a time, but for what pins processes to CPUs against each other: that wants the machine for itself. Three guests
-# at a time were slower than two.
+# Two at a time (three guests were slower than two). What pins processes to CPUs does not share them with guests.
 status=0
 "$PYTHON" -m pytest -n 2 --dist loadfile --ignore tests/e2e "$@" || status=$?
 "$PYTHON" -m pytest -n 2 --dist loadfile tests/e2e -m qemu "$@" || status=$?
-"$PYTHON" -m pytest tests/e2e -m "not qemu" "$@" || status=$?
+"$PYTHON" -m pytest -n 2 --dist loadfile tests/e2e -m "not qemu" "$@" || status=$?
 exit "$status"
