@@ -16,7 +16,7 @@ from vvupipe.fd_socket import wait_fd
 from vvupipe.memory import shared
 from vvupipe.memory.mapping import Mapping
 from vvupipe.workers import commands
-from vvupipe.workers.worker_handle import OPEN_TIMEOUT_S, WorkerHandle
+from vvupipe.workers.worker_handle import COMMAND_TIMEOUT_S, OPEN_TIMEOUT_S, WorkerDied, WorkerHandle
 
 #: Longest time that a vCPU spins before it sleeps. A wake-up costs some 5 to 50 us, so spinning this long for an answer
 #: that comes within it is cheaper than sleeping.
@@ -108,7 +108,7 @@ class Vcpu:
             "control_bytes": self._control.size_bytes,
             "spin_max_ns": self._spin_max_ns,
         }
-        await self._handle.command(opening, [ram_fd, self._control.fd, self._done_fd], OPEN_TIMEOUT_S)
+        await self._have_executed(opening, [ram_fd, self._control.fd, self._done_fd], OPEN_TIMEOUT_S)
 
     @property
     def pid(self) -> int | None:
@@ -117,8 +117,18 @@ class Vcpu:
 
     async def command(self, op: str, fields: commands.Fields | None = None, fds: Sequence[int] = ()) -> None:
         """Have a command executed. Raises: WorkerError."""
+        await self._have_executed({**(fields or {}), "op": op}, fds, COMMAND_TIMEOUT_S)
+
+    async def _have_executed(self, fields: commands.Fields, fds: Sequence[int], timeout_s: float) -> None:
         assert self._handle is not None
-        await self._handle.command({**(fields or {}), "op": op}, fds)
+        try:
+            await self._handle.command(fields, fds, timeout_s)
+        except WorkerDied as error:
+            raise self._end_of_process(await self._handle.wait()) from error
+
+    def _end_of_process(self, code: int) -> WorkerError:
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        return WorkerError(f"vCPU {self.index} (process {self.pid}) {how}")
 
     async def job_done(self) -> None:
         """Wait for the end of the job. Raises: WorkerError when the process ends first."""
@@ -128,9 +138,7 @@ class Vcpu:
         try:
             await asyncio.wait({waiting, dying}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
-                code = dying.result()
-                how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-                raise WorkerError(f"vCPU {self.index} (process {self.pid}) {how}")
+                raise self._end_of_process(dying.result())
             os.eventfd_read(self._done_fd)
         finally:
             waiting.cancel()
