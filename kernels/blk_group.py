@@ -17,8 +17,9 @@ from kernels.jit import inlined, kernel
 from kernels.memory import load_u32, load_u64
 from kernels.stages import lap, lap_many
 from kernels.status import COPY, LATER, OK, UNDER_WAY
-from kernels.usual_chain import hold, look_at_usual, take_usual
+from kernels.usual_chain import look_at_usual, take_usual
 from kernels.virtio_layout import BLK_HEADER_SIZE, BLK_T_IN, BLK_T_OUT, SECTOR_SHIFT
+from kernels.vring import hold
 
 #: Copies of a group end with the one that reaches this: then those that were copied have waited long enough.
 GROUP_BYTES = np.uint64(512 << 10)

@@ -32,6 +32,7 @@ from kernels.virtio_layout import (
     BLK_T_WRITE_ZEROES,
     SECTOR_SHIFT,
 )
+from kernels.vring import hold
 
 _SUBMIT_SHIFT = 2  # a quarter of what the disk has
 _RWF_DSYNC = np.int32(2)  # preadv2(2)
@@ -204,9 +205,7 @@ def end_one(work, slot, status):
     """Answer the request of `slot`, and free it."""
     request = work.requests[slot]
     ring = work.rings[request.ring]
-    ring.slots = request.slots
-    ring.buffer_id = request.buffer_id
-    ring.entry = request.entry
+    hold(ring, request)
     logged = room_of(slot) + SEGMENTS_EACH
     answer(
         work,

@@ -103,11 +103,10 @@ def open_split(ring, regions, chains, count):
     for k in range(count):
         chain = chains[k]
         entry = chain.table + uint64(chain.index) * _DESC
-        address = load_u64(entry)
         word = load_u64(entry + _EIGHT)
         flags = (word >> _SPLIT_FLAGS_SHIFT) & _FLAGS_MASK
         indirect = flags & uint64(DESC_F_INDIRECT) and not flags & uint64(DESC_F_NEXT)
-        if indirect and not open_table(ring, regions, chain, address, word & _LEN_MASK):
+        if indirect and not open_table(ring, regions, chain, load_u64(entry), word & _LEN_MASK):
             return k
     return count
 
@@ -234,12 +233,3 @@ def take_usual(ring, chain, copied):
     status = take(ring, chain.head, copied, chain.copied)
     chain.entry = ring.entry
     return status
-
-
-@inlined
-def hold(ring, chain):
-    """A chain that was taken is the one in hand again (vring.give_back)."""
-    if ring.packed:
-        ring.slots = chain.slots
-        ring.buffer_id = chain.buffer_id
-        ring.entry = chain.entry

@@ -9,7 +9,7 @@ from numba import int32, int64, uint16, uint32, uint64
 from kernels import control_block as cb
 from kernels import dirty_log, inflight_packed, inflight_split, packed_ring, split_ring
 from kernels.chain import note_miss, read_chain
-from kernels.jit import kernel
+from kernels.jit import inlined, kernel
 from kernels.memory import load_u64, prefetch_write, ring_eventfd, store_release_u32, store_u16, store_u32, store_u64
 from kernels.regions import contiguous, contiguous_user, locate
 from kernels.status import ERR_HEAD_INDEX, ERR_INFLIGHT, ERR_QUEUE_SIZE, ERR_RING_ADDRESS, MISS, OK
@@ -173,6 +173,15 @@ def fetch_used(ring):
     """Fetch the line of the used element that is written next; in a packed ring it is the descriptor's own."""
     if not ring.packed:
         prefetch_write(split_ring.next_element(ring))
+
+
+@inlined
+def hold(ring, taken):
+    """A chain that was taken is the one in hand again. taken: a record with what a packed ring knows of it."""
+    if ring.packed:
+        ring.slots = taken.slots
+        ring.buffer_id = taken.buffer_id
+        ring.entry = taken.entry
 
 
 @kernel

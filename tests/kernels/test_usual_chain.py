@@ -225,7 +225,7 @@ def serve_some(rings, usual, ring, pair, array):
     for k in range(count):
         assert usual.take_usual(ring, chains[k], COPIED) == status.OK
     for k in range(count):
-        usual.hold(ring, chains[k])
+        rings.hold(ring, chains[k])
         rings.give_back(ring, pair.table, array[k]["head"], np.uint64(5))
     rings.publish(ring, ONE)
     return count

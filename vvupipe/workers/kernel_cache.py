@@ -57,11 +57,15 @@ def _sources_digest() -> str:
     return state.hexdigest()
 
 
+@cache
+def _numba_version() -> bytes:
+    # importlib.metadata would tell as well, but takes longer to import than all of this.
+    return (_folders_of("numba")[0] / "_version.py").read_bytes()
+
+
 def digest(features: str) -> str:
     """12 hex digits that change whenever compiled kernels may. features: of the CPU that they are compiled for."""
-    # importlib.metadata would tell as well, but takes longer to import than all of this.
-    numba = (_folders_of("numba")[0] / "_version.py").read_bytes()
-    versions = f"{sys.version} numba {numba!r} {CPU_NAME} {features} stages {STAGES_ON}"
+    versions = f"{sys.version} numba {_numba_version()!r} {CPU_NAME} {features} stages {STAGES_ON}"
     return hashlib.sha256(f"{versions} {_sources_digest()}".encode()).hexdigest()[:12]
 
 
