@@ -15,6 +15,7 @@ from kernels.ring_record import CHAIN, CHAINS_MAX
 from tests.kernels.others import shared
 from tests.kernels.ring_pair import ONE
 from tests.model.blk import BlockModel
+from tests.model.footprint import Footprint
 from tests.model.guest_memory import Broken
 
 SERIAL = b"serial number" + bytes(7)
@@ -122,6 +123,7 @@ class DiskPair:
 
     def serve_model(self, pair):
         """Returns (requests, the rule that was broken or None)."""
+        self.model.footprint = Footprint(pair.place, pair.packed)
         done = 0
         try:
             while pair.model.available():

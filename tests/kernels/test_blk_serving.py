@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from numba import uint16, uint64
 
 from kernels import control_block as cb
@@ -46,11 +46,17 @@ def new_disk_world(rng, packed, *, size=None, **features):
 
 
 def serve_both(pair, disk):
-    """Serve until nothing is left; compare. Returns (requests, the rule that was broken or None)."""
+    """Serve until nothing is left; compare. Returns (requests, the rule that was broken or None).
+
+    Returns None, and compares only what lies around guest memory, where requests write what others of them read.
+    """
     pair.sync()
     before = int(pair.rings[0]["calls"])
     done = disk.serve_kernel(pair)
     expected, rule = disk.serve_model(pair)
+    if disk.model.footprint.depends_on_order():
+        pair.check_guards()
+        return None
     ring = pair.rings[0]
     if rule is None:
         assert ring["state"] == cb.VRING_RUNNING, int(ring["error"])
@@ -80,7 +86,7 @@ def test_requests_of_every_kind(packed):
         while done < 150:
             driver.change_wish()
             put(driver, rng.randrange(1, 30))
-            served, rule = serve_both(pair, disk)
+            served, rule = serve_both(pair, disk)  # a driver that keeps to the rules has no byte in two requests
             assert rule is None
             assert served == driver.reap()
             done += served
@@ -98,20 +104,29 @@ def test_requests_of_every_kind(packed):
 
 
 @LAYOUTS
-@examples(400)
-@given(seed=SEEDS)
-def test_requests_that_break_rules(packed, seed):
+def test_requests_that_break_rules(packed):
     """A ring that is broken stays so; a request at fault gets its status, and the image keeps what it must."""
-    rng = random.Random(seed)
-    pair, driver, disk = new_disk_world(rng, packed, size=rng.choice((2, 4, 16)))
-    for _ in range(12):
-        put(driver, rng.randrange(1, 6))
-        if rng.random() < 0.6:
-            driver.misbehave()
-        if serve_both(pair, disk)[1]:
-            break
-    disk.close()
-    pair.close()
+    compared = []
+
+    @examples(400)
+    @given(seed=SEEDS)
+    @example(seed=247472)  # split: a request writes the used ring to the disk
+    def run(seed):
+        rng = random.Random(seed)
+        pair, driver, disk = new_disk_world(rng, packed, size=rng.choice((2, 4, 16)))
+        for _ in range(12):
+            put(driver, rng.randrange(1, 6))
+            if rng.random() < 0.6:
+                driver.misbehave()
+            outcome = serve_both(pair, disk)
+            compared.append(outcome is not None)
+            if outcome is None or outcome[1]:
+                break
+        disk.close()
+        pair.close()
+
+    run()
+    assert sum(compared) > 0.97 * len(compared) > 0.97 * 400
 
 
 @kernel

@@ -8,6 +8,8 @@ from tests.model.blk import DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES
 from tests.model.chain import F_WRITE
 from tests.model.packed_ring import F_AVAIL, F_USED
 
+#: More than any request takes of the buffers.
+_ROOM_EACH = 0xA00
 _KINDS = (IN, IN, IN, OUT, OUT, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 10, 0xFFFF_FFFF)
 
 
@@ -16,13 +18,25 @@ class _Requests:
 
     sectors = 0
     _at = 0
+    _room_taken = 0
+
+    def add(self):
+        """False also when what is not shown yet has most of the room: no byte shall be in two requests at once."""
+        return self._room_taken < BUFFERS[1] - 2 * _ROOM_EACH and super().add()
+
+    def show(self):
+        self._room_taken = 0
+        super().show()
 
     def _room(self, length):
         """Address of buffers that were not used for a while."""
         if self._at + length > BUFFERS[1]:
+            self._room_taken += BUFFERS[1] - self._at
             self._at = self.rng.randrange(64)
-        address = BUFFERS[0] + self._at
+            self._room_taken += self._at
+        address, before = BUFFERS[0] + self._at, self._at
         self._at += length + int(self.rng.random() * 9)
+        self._room_taken += self._at - before
         return address
 
     def _write(self, address, data):
@@ -107,17 +121,15 @@ class _Apart(_Requests):
     They may complete in any order: `reap_all` says which did.
     """
 
-    _used_room = 0
     _next_sector = 0
     _last_kind = IN
 
     def put_batch(self, most):
         """Put up to `most` chains, whatever of them has room, and show them. How many."""
         self._at = self.rng.randrange(64)
-        self._used_room = 0
         self._next_sector = self.rng.randrange(16)
         count = 0
-        while count < most and self._used_room < BUFFERS[1] - 2 * _ROOM_EACH and self.add():
+        while count < most and self.add():
             count += 1
         self.show()
         return count
@@ -125,7 +137,6 @@ class _Apart(_Requests):
     def _room(self, length):
         before = self._at
         address = super()._room(length)
-        self._used_room += self._at - before
         assert self._at > before, "a batch does not wrap around"
         return address
 
@@ -144,10 +155,6 @@ class _Apart(_Requests):
             return self.sectors
         self._next_sector = start + sectors
         return start
-
-
-#: More than any request of _Apart takes of the buffers.
-_ROOM_EACH = 0xA00
 
 
 class SplitApartDriver(_Apart, RandomSplitDriver):

@@ -16,12 +16,16 @@ class Failed(Exception):
 
 
 class BlockModel:
-    """Serves a model ring. serial: 20 bytes. can_discard, can_write_zeroes: what was offered."""
+    """Serves a model ring. serial: 20 bytes. can_discard, can_write_zeroes: what was offered.
+
+    footprint: Footprint that notes what requests read and write.
+    """
 
     def __init__(self, image, serial, *, read_only=False, can_discard=True, can_write_zeroes=True):
         self.image, self.serial, self.read_only = image, serial, read_only
         self.can_discard, self.can_write_zeroes = can_discard, can_write_zeroes
         self.statuses = {OK: 0, IOERR: 0, UNSUPP: 0}
+        self.footprint = None
 
     def serve_one(self, ring):
         """Look at the next chain, do what it says, give it back. Raises: Broken, Missing."""
@@ -29,6 +33,8 @@ class BlockModel:
         chain = ring.look()
         segments, readable = chain.buffers.segments, chain.buffers.readable
         writable = segments[readable:]
+        if self.footprint is not None:
+            self._note(chain.buffers)
         if not writable or writable[-1].piece < 0:
             raise Broken("NO_STATUS")
         ring.take(chain)
@@ -50,6 +56,13 @@ class BlockModel:
         for segment in segments[readable:]:
             memory.mark(*segment)
         ring.give_back(chain, written + 1)
+
+    def _note(self, buffers):
+        self.footprint.next_request()
+        for span in (*buffers.tables, *buffers.segments[: buffers.readable]):
+            self.footprint.read(*span)
+        for span in buffers.segments[buffers.readable :]:
+            self.footprint.write(*span)
 
     def perform(self, memory, sent, writable):
         """Returns the bytes written into guest memory. Raises: Failed."""

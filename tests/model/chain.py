@@ -16,6 +16,7 @@ class Buffers:
     def __init__(self, memory):
         self.memory = memory
         self.segments = []
+        self.tables = []  # (piece, offset, bytes) of indirect tables
         self.first_writable = None
         self.clean = True
 
@@ -63,6 +64,7 @@ def walk_split(memory, table, size, head, indirect):
             if in_table or flags & F_NEXT:
                 raise Broken("INDIRECT_TABLE")
             piece, offset, entries = indirect_table(memory, size, indirect, address, length)
+            buffers.tables.append((piece, offset, length))
             data, left, index, in_table = memory.pieces[piece], entries, 0, True
             continue
         buffers.add(address, length, flags & F_WRITE)
@@ -84,6 +86,7 @@ def walk_packed(memory, size, descriptors, indirect):
         if k != len(descriptors) - 1:
             raise Broken("INDIRECT_TABLE")
         piece, offset, entries = indirect_table(memory, size, indirect, address, length)
+        buffers.tables.append((piece, offset, length))
         for entry in range(entries):
             inner = ENTRY.unpack_from(memory.pieces[piece], offset + 16 * entry)
             if inner[3] & F_INDIRECT:
