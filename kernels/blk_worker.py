@@ -14,11 +14,14 @@ from kernels.jit import kernel, spliced
 from kernels.memory import drain_eventfd, libc_poll, load_u64
 from kernels.stages import lap
 from kernels.status import ERR_MEMORY_GONE
-from kernels.vring import break_ring
+from kernels.vring import break_ring, fetch_next
 from kernels.worker_loop import begin, command_waiting, forget_idling, look_at_all, sleep, spin
 
 #: Entries of `pollfds` behind those of the rings: the eventfds of io_uring and of the helpers.
 OWN_POLLFDS = 2
+
+#: Looks that found nothing; before, the driver may be writing what it put last.
+_FETCH_AFTER = 2
 
 _BUS_ERRORS = np.uint64(cb.offset_of(cb.WORKER, "bus_errors"))
 _BUS_ADDRESS = np.uint64(cb.offset_of(cb.WORKER, "bus_error_address"))
@@ -44,6 +47,8 @@ def serve_some(loop, work):
     """One turn: for the ring that had work last, now and then for every running one. Returns requests taken."""
     if not look_at_all(loop):
         ring = work.rings[work.running[loop.hot]]
+        if loop.spins > _FETCH_AFTER:
+            fetch_next(ring)
         done = serve_ring(work, ring) if ring.state == cb.VRING_RUNNING else int64(0)
         loop.since_all += done
         return done

@@ -85,6 +85,7 @@ DRIVER_RING = np.dtype(
         ("event_idx", "<i8"),
         ("indirect", "<i8"),
         ("in_flight", "<i8"),
+        ("latest", "<u8"),  # address of the place of the request that was put last
         ("kicks", "<u8"),
         ("calls", "<u8"),
         ("kick_fd", "<i4"),

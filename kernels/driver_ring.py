@@ -16,7 +16,7 @@ from kernels.driver_layout import (
     TAG_STATUS_OFF,
     TAG_TABLE_OFF,
 )
-from kernels.jit import kernel
+from kernels.jit import inlined, kernel
 from kernels.memory import (
     drain_eventfd,
     full_fence,
@@ -24,6 +24,8 @@ from kernels.memory import (
     load_u8,
     load_u16,
     load_u32,
+    prefetch,
+    prefetch_write,
     ring_eventfd,
     store_release_u16,
     store_u8,
@@ -119,6 +121,19 @@ def fill_table(ring, tag):
     tag.shape = uint32(tag.kind + uint32(1))
 
 
+@inlined
+def next_slot(ring):
+    """Address of the available ring's slot that is written next."""
+    return ring.avail + uint64(AVAIL_RING) + uint64(2) * (uint64(ring.avail_idx) & uint64(ring.size - 1))
+
+
+@inlined
+def next_element(ring):
+    """Address of the used element that is read next."""
+    slot = uint64(ring.last_used_idx) & uint64(ring.size - 1)
+    return ring.used + uint64(USED_RING) + uint64(USED_ELEM_SIZE) * slot
+
+
 @kernel
 def put_request(ring, tag):
     """Make the tag's request available; the device sees it with the next `publish`."""
@@ -128,11 +143,11 @@ def put_request(ring, tag):
     store_u8(place + uint64(TAG_STATUS_OFF), uint8(STATUS_UNSET))
     if tag.shape != uint32(tag.kind + uint32(1)):
         fill_table(ring, tag)
-    slot = uint64(ring.avail_idx) & uint64(ring.size - 1)
-    store_u16(ring.avail + uint64(AVAIL_RING) + uint64(2) * slot, tag.head)
+    store_u16(next_slot(ring), tag.head)
     ring.avail_idx = uint16(ring.avail_idx + 1)
     tag.in_flight = uint32(1)
     ring.in_flight += 1
+    ring.latest = place
 
 
 @kernel
@@ -157,18 +172,27 @@ def publish(ring):
     return ring_eventfd(ring.kick_fd, ring.one)
 
 
+@inlined
+def fetch_answer(ring):
+    """Fetch what is read and written next when the only request came back, all of it at once."""
+    prefetch_write(ring.latest)  # with its status, and likely to be the next request's place
+    prefetch(next_element(ring))
+    prefetch_write(next_slot(ring))
+
+
 @kernel
 def count_used(ring):
     """How many requests came back and were not taken; negative: ERR_USED_IDX."""
     used = int64(uint16(load_acquire_u16(ring.used + uint64(USED_IDX)) - ring.last_used_idx))
+    if used == 1 and ring.in_flight == 1:
+        fetch_answer(ring)
     return used if used <= ring.in_flight else ERR_USED_IDX
 
 
 @kernel
 def take_used(ring, tags, heads):
     """The tag of the next used element, no longer in flight; negative: ERR_USED_*. Call only after count_used."""
-    slot = uint64(ring.last_used_idx) & uint64(ring.size - 1)
-    element = ring.used + uint64(USED_RING) + uint64(USED_ELEM_SIZE) * slot
+    element = next_element(ring)
     head = int64(load_u32(element))
     written = uint64(load_u32(element + uint64(4)))
     if head >= ring.size or heads[head] < 0:

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import uint16, uint32, uint64
 
-from kernels.jit import kernel
+from kernels.jit import inlined, kernel
 from kernels.memory import (
     full_fence,
     load_acquire_u16,
@@ -42,11 +42,16 @@ def count_available(ring):
     return np.int64(available)
 
 
+@inlined
+def next_slot(ring):
+    """Address of the available ring's slot that is read next."""
+    return ring.avail + uint64(AVAIL_RING) + uint64(2) * (uint64(ring.last_avail_idx) & uint64(ring.size - 1))
+
+
 @kernel
 def next_head(ring):
     """The head descriptor of the next available chain, which stays untaken; negative: ERR_HEAD_INDEX."""
-    slot = uint64(ring.last_avail_idx) & uint64(ring.size - 1)
-    head = np.int64(load_u16(ring.avail + uint64(AVAIL_RING) + uint64(2) * slot))
+    head = np.int64(load_u16(next_slot(ring)))
     if head >= ring.size:
         return ERR_HEAD_INDEX
     return head

@@ -10,7 +10,16 @@ from kernels import control_block as cb
 from kernels import dirty_log, inflight_packed, inflight_split, packed_ring, split_ring
 from kernels.chain import note_miss, read_chain
 from kernels.jit import inlined, kernel
-from kernels.memory import load_u64, prefetch_write, ring_eventfd, store_release_u32, store_u16, store_u32, store_u64
+from kernels.memory import (
+    load_u64,
+    prefetch,
+    prefetch_write,
+    ring_eventfd,
+    store_release_u32,
+    store_u16,
+    store_u32,
+    store_u64,
+)
 from kernels.regions import contiguous, contiguous_user, locate
 from kernels.status import ERR_HEAD_INDEX, ERR_INFLIGHT, ERR_QUEUE_SIZE, ERR_RING_ADDRESS, MISS, OK
 from kernels.virtio_layout import (
@@ -166,6 +175,16 @@ def take(ring, head, copied, first):
         inflight_split.note_taken(ring, head)
     ring.last_avail_idx = uint16(ring.last_avail_idx + 1)
     return OK
+
+
+@inlined
+def fetch_next(ring):
+    """Fetch what is read as soon as a chain is available: meanwhile the driver may have written it.
+
+    In a packed ring that is the descriptor that was looked at.
+    """
+    if not ring.packed:
+        prefetch(split_ring.next_slot(ring))
 
 
 @kernel
