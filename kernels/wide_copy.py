@@ -12,6 +12,8 @@ from kernels.memory import LINE_BYTES, LINES_ARE_WIDE, copy_bytes, copy_line, pr
 #: From this size on both halves are copied at once.
 TWO_PLACES_BYTES = np.uint64(16 << 10)
 
+#: How far ahead of a large copy its lines are fetched: the CPU's own prefetcher does not cross a page.
+_AHEAD = np.uint64(4 << 10)
 _LINE = np.uint64(LINE_BYTES)
 _LINE_MASK = np.uint64(LINE_BYTES - 1)
 _ZERO = np.uint64(0)
@@ -19,10 +21,23 @@ _ONE = np.uint64(1)
 
 
 @kernel
-def copy_halves(destination, source, half):
-    """Copy twice `half` bytes, which is a number of lines."""
+def copy_halves(destination, source, half, following, following_half):
+    """Copy twice `half` bytes, a number of lines and at least _AHEAD.
+
+    following: address of twice `following_half` bytes that are copied next; 0: it is not known.
+    """
     done = _ZERO
+    while done < half - _AHEAD:
+        prefetch_early(source + done + _AHEAD)
+        prefetch_early(source + half + done + _AHEAD)
+        copy_line(destination + done, source + done)
+        copy_line(destination + half + done, source + half + done)
+        done += _LINE
     while done < half:
+        if following_half:
+            prefetch_early(following)
+            prefetch_early(following + following_half)
+            following += _LINE
         copy_line(destination + done, source + done)
         copy_line(destination + half + done, source + half + done)
         done += _LINE
@@ -41,7 +56,7 @@ def copy_block(destination, source, count, following, following_bytes):
     done = _ZERO
     if count >= TWO_PLACES_BYTES:
         half = (count >> _ONE) & ~_LINE_MASK
-        copy_halves(destination, source, half)
+        copy_halves(destination, source, half, following, (following_bytes >> _ONE) & ~_LINE_MASK)
         done = half << _ONE
     lines_end = count & ~_LINE_MASK
     both_end = min(lines_end, following_bytes)

@@ -45,8 +45,15 @@ def test_any_size_at_any_place(count, source_offset, destination_offset, followi
     assert np.array_equal(field, wanted)
 
 
-def test_halves_are_whole():
+@pytest.mark.parametrize("following_half", [0, LINE_BYTES, LARGE])
+def test_halves_are_whole(following_half):
     field = np.zeros(ROOM, np.uint8)
-    copy_halves(np.uint64(field.ctypes.data), np.uint64(SOURCE.ctypes.data), np.uint64(LARGE))
+    copy_halves(
+        np.uint64(field.ctypes.data),
+        np.uint64(SOURCE.ctypes.data),
+        np.uint64(LARGE),
+        np.uint64(4096),
+        np.uint64(following_half),
+    )
     assert np.array_equal(field[: 2 * LARGE], SOURCE[: 2 * LARGE])
     assert not field[2 * LARGE :].any()
