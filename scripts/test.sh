@@ -26,9 +26,10 @@ for argument in "$@"; do
     # Somebody wants certain tests: one run, in order.
     case $argument in --*) ;; *) exec "$PYTHON" -m pytest "$@" ;; esac
 done
-# Two at a time (three guests were slower than two). What pins processes to CPUs does not share them with guests.
+# Two at a time (three guests were slower than two). What pins processes to CPUs does not share them with guests. Those
+# go by name: else files of few tests, which may be long ones, come last, and one CPU is idle meanwhile.
 status=0
 "$PYTHON" -m pytest -n 2 --dist loadfile --ignore tests/e2e "$@" || status=$?
-"$PYTHON" -m pytest -n 2 --dist loadfile tests/e2e -m qemu "$@" || status=$?
+"$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/e2e -m qemu "$@" || status=$?
 "$PYTHON" -m pytest -n 2 --dist loadfile tests/e2e -m "not qemu" "$@" || status=$?
 exit "$status"
