@@ -8,6 +8,7 @@ import numpy as np
 from numba import uint32, uint64
 
 from kernels import control_block as cb
+from kernels.desc_word import FIELD_MASK, LEN_MASK, SPLIT_FLAGS_SHIFT, SPLIT_NEXT_SHIFT
 from kernels.jit import kernel
 from kernels.memory import load_u64, store_u32, store_u64
 from kernels.regions import contiguous, locate
@@ -26,10 +27,6 @@ from kernels.virtio_layout import ACCESS_READ, ACCESS_WRITE, DESC_F_INDIRECT, DE
 INDIRECT_MAX = 1024
 _MISS_IOVA = np.uint64(cb.offset_of(cb.VRING, "miss_iova"))
 _MISS_ACCESS = np.uint64(cb.offset_of(cb.VRING, "miss_access"))
-_LEN_MASK = np.uint64(0xFFFFFFFF)
-_FLAGS_SHIFT = np.uint64(32)
-_NEXT_SHIFT = np.uint64(48)
-_FLAGS_MASK = np.uint64(0xFFFF)
 _ZERO = np.uint64(0)
 _EIGHT = np.uint64(8)
 
@@ -124,8 +121,8 @@ def read_chain(ring, regions, head, segments):
         entry = table + uint64(index) * uint64(DESC_SIZE)
         address = load_u64(entry)
         word = load_u64(entry + _EIGHT)
-        length = word & _LEN_MASK
-        flags = np.int64((word >> _FLAGS_SHIFT) & _FLAGS_MASK)
+        length = word & LEN_MASK
+        flags = np.int64((word >> SPLIT_FLAGS_SHIFT) & FIELD_MASK)
         if flags & DESC_F_INDIRECT:
             if in_indirect or flags & DESC_F_NEXT:
                 return ERR_INDIRECT_TABLE, np.int64(0), np.int64(0), 0
@@ -144,7 +141,7 @@ def read_chain(ring, regions, head, segments):
         clean &= good
         if not flags & DESC_F_NEXT:
             break
-        index = np.int64(word >> _NEXT_SHIFT)
+        index = np.int64(word >> SPLIT_NEXT_SHIFT)
         if index >= table_size:
             return ERR_NEXT_INDEX, np.int64(0), np.int64(0), 0
     if readable < 0:

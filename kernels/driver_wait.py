@@ -7,9 +7,9 @@ from kernels import driver_layout as layout
 from kernels.driver_ring import drain_call, refuse_calls, want_calls
 from kernels.jit import kernel
 from kernels.memory import libc_poll, libc_sched_yield, load_acquire_u32, monotonic_ns, spin_hint
+from kernels.spin_time import adapt_spin
 
 _ATTENTION = np.uint64(layout.VCPU.fields["attention"][1])
-_SPIN_MIN_NS = 2_000  # about one wake-up spared
 _POLITE_AFTER_NS = 5_000  # from then on let others have the CPU between two looks
 _LOOK_AT_CLOCK = 15  # a mask: spins between two looks at the clock
 
@@ -43,17 +43,6 @@ def sleep(wait, ring, pollfds):
             drain_call(ring)
     refuse_calls(ring)
     return slept
-
-
-@kernel
-def adapt_spin(wait, slept):
-    """Spin longer when a longer spin would have met the work, shorter when it came much later."""
-    if slept == 0:
-        return
-    if slept < wait.spin_max_ns:
-        wait.spin_ns = min(wait.spin_max_ns, max(wait.spin_ns * 2, 2 * slept))
-    else:
-        wait.spin_ns = max(min(_SPIN_MIN_NS, wait.spin_max_ns), wait.spin_ns // 2)
 
 
 @kernel

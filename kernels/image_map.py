@@ -107,8 +107,8 @@ def mend_map(disk, offset, length):
 
 @kernel
 def fetch(disk, offset, length):
-    """Fetch the first lines of a piece of the mapping into the cache."""
-    for line in range(min(_FETCH_LINES, length >> _LINE_SHIFT)):
+    """Fetch lines of a piece of the mapping into the cache that come after the first, which can_copy asked for."""
+    for line in range(1, min(_FETCH_LINES, length >> _LINE_SHIFT)):
         prefetch(disk.map_address + offset + (uint64(line) << _LINE_SHIFT))
 
 

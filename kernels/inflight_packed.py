@@ -11,6 +11,7 @@ from numba import int64, uint8, uint16, uint32, uint64
 
 from kernels import inflight_layout as layout
 from kernels.control_block import offset_of
+from kernels.desc_word import LEN_MASK, PACKED_FLAGS_SHIFT, PACKED_ID_SHIFT
 from kernels.jit import kernel
 from kernels.memory import (
     load_acquire_u64,
@@ -49,9 +50,6 @@ _FLAGS = np.uint64(offset_of(layout.PACKED_STATE, "flags"))
 _LEN = np.uint64(offset_of(layout.PACKED_STATE, "len"))
 _ADDR = np.uint64(offset_of(layout.PACKED_STATE, "addr"))
 _EIGHT = np.uint64(8)
-_LEN_MASK = np.uint64(0xFFFFFFFF)
-_ID_SHIFT = np.uint64(32)
-_FLAGS_SHIFT = np.uint64(48)
 _SLOT_MASK = PACKED_WRAP - 1
 # Within the 8 bytes at used_idx.
 _OLD_SLOT_SHIFT = np.uint64(8 * (offset_of(layout.PACKED_HEAD, "old_used_idx") - int(_USED_IDX)))
@@ -78,9 +76,9 @@ def note_taken(ring, copied, first):
             return ERR_INFLIGHT
         state = state_at(ring, free)
         store_u64(state + _ADDR, copied[k, 0])
-        store_u32(state + _LEN, uint32(copied[k, 1] & _LEN_MASK))
-        store_u16(state + _ID, uint16(copied[k, 1] >> _ID_SHIFT))
-        store_u16(state + _FLAGS, uint16(copied[k, 1] >> _FLAGS_SHIFT))
+        store_u32(state + _LEN, uint32(copied[k, 1] & LEN_MASK))
+        store_u16(state + _ID, uint16(copied[k, 1] >> PACKED_ID_SHIFT))
+        store_u16(state + _FLAGS, uint16(copied[k, 1] >> PACKED_FLAGS_SHIFT))
         last = free
         free = int64(load_u16(state + _NEXT))
     state = state_at(ring, head)
@@ -210,8 +208,8 @@ def copy_inflight(ring, entry, copied):
             return int64(ERR_INFLIGHT)
         state = state_at(ring, index)
         copied[k, 0] = load_u64(state + _ADDR)
-        flags = uint64(load_u16(state + _FLAGS)) << _FLAGS_SHIFT
-        copied[k, 1] = uint64(load_u32(state + _LEN)) | uint64(load_u16(state + _ID)) << _ID_SHIFT | flags
+        flags = uint64(load_u16(state + _FLAGS)) << PACKED_FLAGS_SHIFT
+        copied[k, 1] = uint64(load_u32(state + _LEN)) | uint64(load_u16(state + _ID)) << PACKED_ID_SHIFT | flags
         index = int64(load_u16(state + _NEXT))
     ring.entry = int64(entry)
     return count

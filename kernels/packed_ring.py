@@ -7,6 +7,7 @@ import numpy as np
 from numba import int64, uint16, uint64
 
 from kernels.chain import add_buffer, indirect_table
+from kernels.desc_word import FIELD_MASK, LEN_MASK, PACKED_FLAGS_SHIFT, PACKED_ID_SHIFT
 from kernels.jit import kernel
 from kernels.memory import (
     full_fence,
@@ -33,10 +34,6 @@ from kernels.virtio_layout import (
     PACKED_WRAP,
 )
 
-_LEN_MASK = np.uint64(0xFFFFFFFF)
-_ID_SHIFT = np.uint64(32)
-_FLAGS_SHIFT = np.uint64(48)
-_ID_MASK = np.uint64(0xFFFF)
 _ZERO = np.uint64(0)
 _EIGHT = np.uint64(8)
 _SLOT_MASK = PACKED_WRAP - 1
@@ -63,7 +60,7 @@ def entry_of(ring, position):
 @kernel
 def is_available(word, position):
     """Whether the second half of a descriptor says that it is available at `position` (2.8.1)."""
-    flags = int64(word >> _FLAGS_SHIFT)
+    flags = int64(word >> PACKED_FLAGS_SHIFT)
     wrap = (int64(position) & PACKED_WRAP) != 0
     return ((flags & PACKED_DESC_F_AVAIL) != 0) == wrap and ((flags & PACKED_DESC_F_USED) != 0) != wrap
 
@@ -87,7 +84,7 @@ def copy_chain(ring, position, copied, first, most):
         copied[first + count, 0] = load_u64(entry)
         copied[first + count, 1] = word
         count += 1
-        if not int64(word >> _FLAGS_SHIFT) & DESC_F_NEXT:
+        if not int64(word >> PACKED_FLAGS_SHIFT) & DESC_F_NEXT:
             return count
         position = advance(position, int64(1), ring.size)
     return int64(ERR_CHAIN_TOO_LONG)
@@ -105,11 +102,11 @@ def read_indirect(ring, regions, segments, count, readable, address, length):
         entry = table + uint64(k) * uint64(DESC_SIZE)
         buffer = load_u64(entry)
         word = load_u64(entry + _EIGHT)
-        flags = int64(word >> _FLAGS_SHIFT)
+        flags = int64(word >> PACKED_FLAGS_SHIFT)
         if flags & DESC_F_INDIRECT:
             return ERR_INDIRECT_TABLE, count, readable, 0
         status, count, readable, good = add_buffer(
-            ring, regions, segments, count, readable, buffer, word & _LEN_MASK, flags & DESC_F_WRITE
+            ring, regions, segments, count, readable, buffer, word & LEN_MASK, flags & DESC_F_WRITE
         )
         if status != OK:
             return status, count, readable, 0
@@ -128,23 +125,23 @@ def read_copied(ring, regions, copied, length, segments):
     clean = 1
     for k in range(length):
         word = copied[k, 1]
-        flags = int64(word >> _FLAGS_SHIFT)
+        flags = int64(word >> PACKED_FLAGS_SHIFT)
         if flags & DESC_F_INDIRECT:
             if k != length - 1:
                 return ERR_INDIRECT_TABLE, int64(0), int64(0), 0
             status, count, readable, good = read_indirect(
-                ring, regions, segments, count, readable, copied[k, 0], word & _LEN_MASK
+                ring, regions, segments, count, readable, copied[k, 0], word & LEN_MASK
             )
         else:
             status, count, readable, good = add_buffer(
-                ring, regions, segments, count, readable, copied[k, 0], word & _LEN_MASK, flags & DESC_F_WRITE
+                ring, regions, segments, count, readable, copied[k, 0], word & LEN_MASK, flags & DESC_F_WRITE
             )
         if status != OK:
             return status, int64(0), int64(0), 0
         clean &= good
     ring.slots = length
     # The driver writes the id into the last descriptor of a chain (2.8.6).
-    ring.buffer_id = int64((copied[length - 1, 1] >> _ID_SHIFT) & _ID_MASK)
+    ring.buffer_id = int64((copied[length - 1, 1] >> PACKED_ID_SHIFT) & FIELD_MASK)
     if readable < 0:
         readable = count
     return OK, readable, count, clean
@@ -158,7 +155,7 @@ def used_word(ring, written):
         flags = int64(PACKED_DESC_F_AVAIL | PACKED_DESC_F_USED)
     if written > _ZERO:
         flags |= DESC_F_WRITE
-    return (written & _LEN_MASK) | uint64(ring.buffer_id) << _ID_SHIFT | uint64(flags) << _FLAGS_SHIFT
+    return (written & LEN_MASK) | uint64(ring.buffer_id) << PACKED_ID_SHIFT | uint64(flags) << PACKED_FLAGS_SHIFT
 
 
 @kernel

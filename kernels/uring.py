@@ -115,13 +115,6 @@ def push_fsync(uring, fd, user_data):
 
 
 @kernel
-def push_fallocate(uring, fd, mode, offset, length, user_data):
-    """Queue a fallocate(2) of `length` bytes at `offset`. True when there was room."""
-    # The length goes where others have an address, the mode where they have the length (io_fallocate_prep).
-    return _push(uring, layout.OP_FALLOCATE, fd, offset, uint64(length), uint64(mode), 0, 0, user_data)
-
-
-@kernel
 def ready(uring):
     """CQEs that `reap` would find now, without entering the kernel."""
     return int64(uint32(load_acquire_u32(uring.cq_tail) - load_u32(uring.cq_head)))

@@ -10,6 +10,14 @@ import numpy as np
 from numba import int64, uint64
 
 from kernels import packed_ring
+from kernels.desc_word import (
+    FIELD_MASK,
+    LEN_MASK,
+    PACKED_FLAGS_SHIFT,
+    PACKED_ID_SHIFT,
+    SPLIT_FLAGS_SHIFT,
+    SPLIT_NEXT_SHIFT,
+)
 from kernels.jit import inlined, kernel
 from kernels.memory import load_acquire_u64, load_u16, load_u64, prefetch, prefetch_write
 from kernels.regions import contiguous
@@ -28,15 +36,9 @@ from kernels.vring import take
 _FEW = CHAINS_MAX // 2
 #: Descriptors of such a chain.
 _DESCRIPTORS = 3
-_LEN_MASK = np.uint64(0xFFFFFFFF)
-_FLAGS_MASK = np.uint64(0xFFFF)
-_SPLIT_FLAGS_SHIFT = np.uint64(32)
-_SPLIT_NEXT_SHIFT = np.uint64(48)
 _SPLIT_NEXT = np.uint64(DESC_F_NEXT << 32)
 _SPLIT_WRITE = np.uint64(DESC_F_WRITE << 32)
 _SPLIT_ALL_BUT_NEXT = np.uint64(0xFFFFFFFFFFFF)  # length and flags
-_PACKED_ID_SHIFT = np.uint64(32)
-_PACKED_FLAGS_SHIFT = np.uint64(48)
 _ZERO = np.uint64(0)
 _EIGHT = np.uint64(8)
 _DESC = np.uint64(DESC_SIZE)
@@ -75,7 +77,7 @@ def find_packed(ring, copied, chains, count):
         chain = chains[k]
         chain.slots = slots
         # The driver writes the id into the last descriptor of a chain (2.8.6).
-        chain.buffer_id = int64((copied[first + slots - 1, 1] >> _PACKED_ID_SHIFT) & _FLAGS_MASK)
+        chain.buffer_id = int64((copied[first + slots - 1, 1] >> PACKED_ID_SHIFT) & FIELD_MASK)
         chain.copied = first
         first += slots
         position = packed_ring.advance(position, slots, ring.size)
@@ -104,9 +106,9 @@ def open_split(ring, regions, chains, count):
         chain = chains[k]
         entry = chain.table + uint64(chain.index) * _DESC
         word = load_u64(entry + _EIGHT)
-        flags = (word >> _SPLIT_FLAGS_SHIFT) & _FLAGS_MASK
+        flags = (word >> SPLIT_FLAGS_SHIFT) & FIELD_MASK
         indirect = flags & uint64(DESC_F_INDIRECT) and not flags & uint64(DESC_F_NEXT)
-        if indirect and not open_table(ring, regions, chain, load_u64(entry), word & _LEN_MASK):
+        if indirect and not open_table(ring, regions, chain, load_u64(entry), word & LEN_MASK):
             return k
     return count
 
@@ -119,8 +121,8 @@ def open_packed(ring, regions, copied, chains, count):
         if chain.slots != 1:
             continue
         word = copied[chain.copied, 1]
-        indirect = (word >> _PACKED_FLAGS_SHIFT) & uint64(DESC_F_INDIRECT)
-        if not indirect or not open_table(ring, regions, chain, copied[chain.copied, 0], word & _LEN_MASK):
+        indirect = (word >> PACKED_FLAGS_SHIFT) & uint64(DESC_F_INDIRECT)
+        if not indirect or not open_table(ring, regions, chain, copied[chain.copied, 0], word & LEN_MASK):
             return k
     return count
 
@@ -147,15 +149,15 @@ def read_split(regions, chain, first_bytes, last_bytes):
     entry = chain.table + uint64(chain.index) * _DESC
     first = load_u64(entry)
     word = load_u64(entry + _EIGHT)
-    index = int64(word >> _SPLIT_NEXT_SHIFT)
+    index = int64(word >> SPLIT_NEXT_SHIFT)
     if word & _SPLIT_ALL_BUT_NEXT != first_bytes | _SPLIT_NEXT or index >= chain.entries:
         return False
     entry = chain.table + uint64(index) * _DESC
     data = load_u64(entry)
     word = load_u64(entry + _EIGHT)
-    data_bytes = word & _LEN_MASK
-    data_writable = int64(word >> _SPLIT_FLAGS_SHIFT) & DESC_F_WRITE
-    index = int64(word >> _SPLIT_NEXT_SHIFT)
+    data_bytes = word & LEN_MASK
+    data_writable = int64(word >> SPLIT_FLAGS_SHIFT) & DESC_F_WRITE
+    index = int64(word >> SPLIT_NEXT_SHIFT)
     if word & _SPLIT_ALL_BUT_NEXT & ~_SPLIT_WRITE != data_bytes | _SPLIT_NEXT or index >= chain.entries:
         return False
     entry = chain.table + uint64(index) * _DESC
@@ -175,7 +177,7 @@ def packed_descriptor(copied, chain, number):
     else:
         address = copied[chain.copied + number, 0]
         word = copied[chain.copied + number, 1]
-    return address, word & _LEN_MASK, int64(word >> _PACKED_FLAGS_SHIFT) & (DESC_F_INDIRECT | DESC_F_WRITE)
+    return address, word & LEN_MASK, int64(word >> PACKED_FLAGS_SHIFT) & (DESC_F_INDIRECT | DESC_F_WRITE)
 
 
 @inlined

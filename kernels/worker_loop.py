@@ -17,6 +17,7 @@ from kernels.memory import (
     store_u32,
     store_u64,
 )
+from kernels.spin_time import adapt_spin
 from kernels.vring import call_if_wanted, refuse_kicks, want_kicks
 
 _ATTENTION = np.uint64(cb.offset_of(cb.WORKER, "attention"))
@@ -24,7 +25,6 @@ _HEARTBEAT = np.uint64(cb.offset_of(cb.WORKER, "heartbeat"))
 _SLEEPS = np.uint64(cb.offset_of(cb.WORKER, "sleeps"))
 _ONE = np.uint64(1)
 
-_SPIN_MIN_NS = 2_000  # about one wake-up spared
 _POLITE_AFTER_NS = 3_000  # from then on let others have the CPU between two looks
 _LOOK_AT_ALL = 8  # looks at one ring, and requests of it, before it is the others' turn; with more rings, that many
 _LOOK_AT_CLOCK = 16  # spins between two looks at the clock
@@ -65,17 +65,6 @@ def ask_and_poll(loop, rings, pollfds, ready):
         if rings[k].state == cb.VRING_RUNNING:
             refuse_kicks(rings[k])
     return slept
-
-
-@kernel
-def adapt_spin(loop, slept):
-    """Spin longer when a longer spin would have met the work, shorter when it came much later."""
-    if slept == 0:
-        return
-    if slept < loop.spin_max_ns:
-        loop.spin_ns = min(loop.spin_max_ns, max(loop.spin_ns * 2, 2 * slept))
-    else:
-        loop.spin_ns = max(min(_SPIN_MIN_NS, loop.spin_max_ns), loop.spin_ns // 2)
 
 
 @kernel

@@ -145,21 +145,15 @@ def test_a_request_outside_its_registered_buffer_fails(ring, image):
     assert finish(ring) == [(2, -errno.EFAULT)]
 
 
-def test_fsync_and_fallocate(ring, image):
+def test_fsync(ring, image):
     fd, data, path = image
     memory = Memory(_BLOCK)
     memory[:] = b"x" * _BLOCK
     assert push_rw(ring, True, fd, iovec((memory.address, _BLOCK)), 0, 1)
     assert finish(ring) == [(1, _BLOCK)]
     assert uring.push_fsync(ring.record[0], fd, 2)
-    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
-    assert uring.push_fallocate(ring.record[0], fd, mode, 10 * _BLOCK, 3 * _BLOCK, 3)
-    assert sorted(finish(ring)) == [(2, 0), (3, 0)]
-    expected = b"x" * _BLOCK + data[_BLOCK : 10 * _BLOCK] + bytes(3 * _BLOCK) + data[13 * _BLOCK :]
-    assert path.read_bytes() == expected
-    assert uring.push_fallocate(ring.record[0], fd, 0, _BLOCKS * _BLOCK, 5 * _BLOCK, 4)
-    assert finish(ring) == [(4, 0)]
-    assert path.stat().st_size == (_BLOCKS + 5) * _BLOCK
+    assert finish(ring) == [(2, 0)]
+    assert path.read_bytes() == b"x" * _BLOCK + data[_BLOCK:]
 
 
 def test_errors_are_results(ring, image, tmp_path):
@@ -174,7 +168,6 @@ def test_errors_are_results(ring, image, tmp_path):
         assert push_rw(ring, False, fd, iovec((8 * _BLOCK, _BLOCK)), 0, 3)
         assert push_rw(ring, False, fd, vector, 0, 4, rw_flags=_RWF_UNKNOWN)
         assert uring.push_fsync(ring.record[0], read_end, 5)
-        assert uring.push_fallocate(ring.record[0], fd, 0, 0, 0, 6)
         assert push_rw(ring, False, fd, vector, _BLOCKS * _BLOCK, 7)
         assert push_rw(ring, False, fd, iovec(*[(memory.address, 1)] * 1025), 0, 8)
         codes = dict(finish(ring))
@@ -188,7 +181,6 @@ def test_errors_are_results(ring, image, tmp_path):
         3: -errno.EFAULT,
         4: -errno.EOPNOTSUPP,
         5: -errno.EINVAL,
-        6: -errno.EINVAL,
         7: 0,  # end of file
         8: -errno.EINVAL,
     }
@@ -212,7 +204,6 @@ def test_a_full_submission_queue_refuses_and_recovers(ring, image):
     record = ring.record[0]
     assert not push_rw(ring, False, fd, vector, 0, 99)
     assert not uring.push_fsync(record, fd, 99)
-    assert not uring.push_fallocate(record, fd, 0, 0, _BLOCK, 99)
     assert record["queued"] == 8
     assert sorted(finish(ring)) == [(k, _BLOCK) for k in range(8)]
     assert push_rw(ring, False, fd, vector, 0, 8)

@@ -31,7 +31,6 @@ _OPCODES = {
     "READV": layout.OP_READV,
     "WRITEV": layout.OP_WRITEV,
     "FSYNC": layout.OP_FSYNC,
-    "FALLOCATE": layout.OP_FALLOCATE,
     "READ_FIXED": layout.OP_READ_FIXED,
     "WRITE_FIXED": layout.OP_WRITE_FIXED,
 }

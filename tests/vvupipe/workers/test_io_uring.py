@@ -209,12 +209,12 @@ def test_a_kernel_that_lacks_operations(monkeypatch):
     def register(fd, operation, table, count):
         result = real(fd, operation, table, count)
         if operation == layout.REGISTER_PROBE:
-            for opcode in (layout.OP_READ, layout.OP_FALLOCATE):
+            for opcode in (layout.OP_READ, layout.OP_FSYNC):
                 table[0]["ops"]["flags"][opcode] = 0
         return result
 
     monkeypatch.setattr(io_uring_calls, "register", register)
-    assert available() == "this kernel is too old (it has no READ, FALLOCATE)"
+    assert available() == "this kernel is too old (it has no READ, FSYNC)"
 
 
 _SECCOMP_CHILD = """
