@@ -12,7 +12,7 @@ from kernels.blk_answer import answer
 from kernels.blk_disk import SEGMENTS_EACH
 from kernels.image_map import forget_marks
 from kernels.jit import inlined, kernel
-from kernels.memory import EFAULT
+from kernels.memory import EAGAIN, ECANCELED, EFAULT, EINTR, EINVAL, EOPNOTSUPP
 from kernels.request import (
     NOBODY,
     copy_rows,
@@ -23,7 +23,7 @@ from kernels.request import (
     wait_for_helper,
 )
 from kernels.stages import lap
-from kernels.status import OK
+from kernels.status import ERR_IO, OK
 from kernels.virtio_layout import (
     BLK_T_DISCARD,
     BLK_T_FLUSH,
@@ -140,6 +140,22 @@ def hand_on_open(work):
 
 
 @kernel
+def keep_rows(work, slot):
+    """Copy the rows of a request, the first one to be merged: who does all of them cuts the rows as far as he gets.
+
+    The copy lies where others have what they log; what is logged is not merged.
+    """
+    copy_rows(work.segments, room_of(slot) + SEGMENTS_EACH, room_of(slot), work.requests[slot].end)
+
+
+@kernel
+def bring_rows_back(work, slot):
+    """Undo what was done to the rows of a request since keep_rows."""
+    kept = room_of(slot) + SEGMENTS_EACH
+    copy_rows(work.segments, room_of(slot), kept, kept + work.requests[slot].end - room_of(slot))
+
+
+@kernel
 def merge(work, slot):
     """Add the request of `slot` to the one that is kept open, if it follows that on the disk. True when it did."""
     leader = work.requests[work.board.open]
@@ -154,6 +170,8 @@ def merge(work, slot):
         or leader.whole_end - room_of(work.board.open) + rows > SEGMENTS_EACH
     ):
         return False
+    if work.board.open == leader.last_merged:
+        keep_rows(work, work.board.open)
     leader.whole_end = copy_rows(work.segments, leader.whole_end, room_of(slot), request.end)
     leader.whole_length += request.length
     work.requests[leader.last_merged].merged = slot
@@ -236,6 +254,8 @@ def end_whole(work, slot, status):
 @kernel
 def do_again(work, slot):
     """It was not done, or not all of it: a helper does it again, each of those merged by itself."""
+    if work.requests[slot].merged != NOBODY:
+        bring_rows_back(work, slot)
     while slot != NOBODY:
         request = work.requests[slot]
         following = request.merged
@@ -247,6 +267,13 @@ def do_again(work, slot):
         wait_for_helper(work.board, work.requests, slot)
         slot = following
     start_helpers(work)
+
+
+@kernel
+def failed_for_good(kind, result):
+    """Whether a result of io_uring is final: what a flush that failed was to save may be lost to the next one."""
+    cannot = result in (-EINVAL, -EOPNOTSUPP, -EAGAIN, -EINTR, -ECANCELED)
+    return kind == BLK_T_FLUSH and result < 0 and not cannot
 
 
 @kernel
@@ -262,6 +289,8 @@ def collect_uring(work):
         wanted = int64(0) if request.kind == BLK_T_FLUSH else int64(request.whole_length)
         if int64(work.results[k]) == wanted:
             ended += end_whole(work, slot, OK)
+        elif failed_for_good(request.kind, int64(work.results[k])):
+            ended += end_whole(work, slot, int64(ERR_IO))
         else:
             if int64(work.results[k]) == -EFAULT:
                 work.disk.bounces = 1  # helpers copy such memory, and io_uring need not try again

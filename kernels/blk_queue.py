@@ -169,6 +169,7 @@ def end_some(work):
     if ended:
         lap(work.board, stage.ANSWER)
         for k in range(work.rings.shape[0]):
+            work.rings[k].blocked = 0  # there may be room: whoever wants to sleep looks at it
             if work.rings[k].unpublished:
                 show(work, work.rings[k])
     return ended

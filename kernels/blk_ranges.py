@@ -56,9 +56,12 @@ def discard_range(disk, offset, length, scratch):
 
 @kernel
 def zero_range(disk, offset, length, unmap):
-    """Zeros in the range, with its blocks given back if the driver allows that and the file can. OK or ERR_IO."""
-    if unmap and disk.can_punch:
-        return allocate(disk, _FALLOC_PUNCH_HOLE, offset, length)
+    """Zeros in the range, with its blocks given back if the driver allows that and the file can. OK or ERR_IO.
+
+    To give them back is allowed, not asked for (5.2.6.2): what fails is done another way.
+    """
+    if unmap and disk.can_punch and allocate(disk, _FALLOC_PUNCH_HOLE, offset, length) == OK:
+        return OK
     if disk.can_zero_range:
         if allocate(disk, _FALLOC_ZERO_RANGE, offset, length) == OK:
             return OK

@@ -25,12 +25,16 @@ _MNT_DETACH = 2
 
 
 class SlowFile:
-    """`data` is what the file has, at `path`. `hold(operation, offset)`: whether that is answered only by `release`."""
+    """`data` is what the file has, at `path`. `hold(operation, offset)`: whether that is answered only by `release`.
+
+    fsync_errors: what the next fsyncs end with, one each (errno).
+    """
 
     def __init__(self, path, data):
         self.path, self.data = path, bytearray(data)
         self.hold = lambda operation, offset: False
         self.held = []  # (operation, offset, what answers it)
+        self.fsync_errors = []
         self.asked = []  # (operation, offset, bytes) of every read and write
         self._lock = threading.Lock()
         path.write_bytes(b"")
@@ -123,6 +127,8 @@ class SlowFile:
             _, offset, size = struct.unpack_from("<QQI", body)
             self.data[offset : offset + size] = body[40 : 40 + size]
             return 0, struct.pack("<II", size, 0)
+        if operation == FSYNC and self.fsync_errors:
+            return self.fsync_errors.pop(0), b""
         if operation in (FSYNC, RELEASE):
             return 0, b""
         return errno.ENOSYS, b""

@@ -209,6 +209,60 @@ def test_a_helper_that_fails_at_merged_ones_does_each_again(packed):
         world.check_done()
 
 
+@KINDS
+@pytest.mark.parametrize("bounces", [False, True])
+def test_the_image_ends_within_the_first_of_a_merged_read(packed, kind, bounces):
+    """Who did a part of it cut the rows, which are whole again when each is done by itself."""
+    with merging(shared(kind), packed=packed, bounces=bounces) as world:
+        end = len(world.content)
+        first = world.batch.put(IN, (end - 3 * PAGE) // 512, b"", 2 * PAGE)
+        second = world.batch.put(IN, (end - PAGE) // 512, b"", PAGE)
+        world.batch.show()
+        os.ftruncate(world.disk.fd, end - 2 * PAGE)
+        world.serve_all()
+        assert world.board["merges"] == 1
+        assert world.board["redone"] == 2
+        assert (first.status, second.status) == (IOERR, IOERR)
+        world.check_done()
+
+
+@KINDS
+@pytest.mark.parametrize("bounces", [False, True])
+def test_the_file_takes_no_more_within_the_first_of_a_merged_write(packed, kind, bounces):
+    sealed = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    with merging(shared(kind), packed=packed, fd=sealed, bounces=bounces) as world:
+        end = len(world.content)
+        first = world.batch.put(OUT, (end - 3 * PAGE) // 512, b"A" * PAGE + b"B" * PAGE, 0)
+        second = world.batch.put(OUT, (end - PAGE) // 512, b"C" * PAGE, 0)
+        world.batch.show()
+        os.ftruncate(sealed, end - 2 * PAGE)
+        fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        world.serve_all()
+        assert world.board["redone"] == 2
+        assert (first.status, second.status) == (IOERR, IOERR)
+        kept, written = world.content[: end - 3 * PAGE], world.disk.image()[end - 3 * PAGE :]
+        assert world.disk.image()[: end - 3 * PAGE] == kept
+        assert written in (b"A" * PAGE, world.content[end - 3 * PAGE : end - 2 * PAGE]), "its own data, or none"
+        world.check_done()
+
+
+def test_a_ring_is_blocked_no_longer_than_something_is_under_way():
+    """A worker that looked at other rings meanwhile goes to sleep by what this says."""
+    with batch_disk(by_hand(4), in_order=True) as world:
+        for _ in range(2):
+            world.batch.put(FLUSH)
+        world.batch.show()
+        world.disk.serve_turn(world)
+        assert world.rings[0]["blocked"] == 1
+        (index,) = world.disk.others.given()
+        world.disk.others.do(index)
+        assert world.disk.end_some(world) == 1
+        assert world.rings[0]["blocked"] == 0
+        world.serve()
+        finish_by_hand(world)
+        world.check_done()
+
+
 @pytest.fixture
 def direct_file(tmp_path):
     """A file that takes O_DIRECT when `direct` has switched it on."""

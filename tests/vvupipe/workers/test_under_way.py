@@ -1,6 +1,7 @@
 """Workers that are killed, stopped or given other memory while requests are under way, on a disk that is slow."""
 
 import asyncio
+import errno
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from tests.mock.blk_batch import BlkBatch
-from tests.mock.blk_driver import FLUSH, IN, OK, OUT
+from tests.mock.blk_driver import FLUSH, IN, IOERR, OK, OUT
 from tests.mock.driver_ring import DriverRing
 from tests.mock.packed_ring import PackedRing
 from tests.slow_file import FSYNC, READ, WRITE, slow_file
@@ -210,6 +211,25 @@ def test_slow_requests_hold_up_no_reads(slow, packed, engine, operation):
         slow.release()
         await wait(batch)
         assert first.status == OK
+
+    play(slow, story, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_flush_that_failed_is_an_error(slow, engine):
+    """A second one would find nothing to do, and say that all is well."""
+
+    async def story(scene):
+        batch = await start(scene, False)
+        batch.put(OUT, 0, b"w" * PAGE)
+        batch.show()
+        await wait(batch)
+        slow.fsync_errors = [errno.EIO]
+        request = batch.put(FLUSH)
+        batch.show()
+        await wait(batch)
+        assert request.status == IOERR
+        assert slow.fsync_errors == []
 
     play(slow, story, engine=engine)
 

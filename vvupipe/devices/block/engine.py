@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import mmap
+import os
 from dataclasses import dataclass
 
 from vvupipe.devices.block import file_memory
@@ -53,6 +54,13 @@ def choose(wanted: Engine, image: Image, *, sqpoll: bool = False, pin_memory: bo
     readable = not image.direct and _maps(image, mmap.PROT_READ)
     if wanted == Engine.MMAP and not readable:
         raise UserError(f"{image.path} cannot be mapped: use --engine uring or sync")
+    if readable and not _may_see_what_is_in_memory(image):
+        if wanted == Engine.MMAP:
+            raise UserError(
+                f"--engine mmap: Linux tells what of {image.path} is in memory only to who owns it or may write it: "
+                "use --engine uring or sync"
+            )
+        readable = False
     if wanted == Engine.AUTO:
         wanted = Engine.MMAP if readable else Engine.SYNC if missing else Engine.URING
     if wanted != Engine.MMAP:
@@ -62,6 +70,13 @@ def choose(wanted: Engine, image: Image, *, sqpoll: bool = False, pin_memory: bo
     in_memory = dax or file_memory.is_tmpfs(image.fd)
     writable = in_memory and not image.read_only and _maps(image, mmap.PROT_READ | mmap.PROT_WRITE)
     return EngineChoice(wanted, not missing, sqpoll, pin_memory, writable, dax)
+
+
+def _may_see_what_is_in_memory(image: Image) -> bool:
+    """Whether mincore(2) tells the truth; to others it says since Linux 5.2 that all is there."""
+    if os.geteuid() in (0, os.fstat(image.fd).st_uid) or file_memory.is_dax(image.fd):
+        return True
+    return os.access(f"/proc/self/fd/{image.fd}", os.W_OK, effective_ids=True)
 
 
 def _maps(image: Image, protection: int) -> bool:

@@ -72,6 +72,17 @@ def test_auto_of_an_image_that_cannot_be_mapped(monkeypatch, image):
         choose(Engine.MMAP, write_only)
 
 
+def test_image_of_somebody_else(monkeypatch, image):
+    """To who neither owns nor may write it mincore(2) says that all is in memory."""
+    given(monkeypatch, None)
+    monkeypatch.setattr(os, "geteuid", lambda: os.stat(image).st_uid + 1)
+    assert choose(Engine.AUTO, opened(image, read_only=True)).engine == Engine.MMAP, "it may be written"
+    monkeypatch.setattr(os, "access", lambda *arguments, **options: False)
+    assert choose(Engine.AUTO, opened(image, read_only=True)) == EngineChoice(Engine.URING, True)
+    with pytest.raises(UserError, match=r"--engine mmap: Linux tells what of .* is in memory only to who owns it"):
+        choose(Engine.MMAP, opened(image, read_only=True))
+
+
 def test_read_only_image_is_not_mapped_for_writing(monkeypatch, image):
     given(monkeypatch, None)
     assert choose(Engine.MMAP, opened(image, read_only=True)) == EngineChoice(Engine.MMAP, True)
