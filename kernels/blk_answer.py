@@ -5,7 +5,7 @@ from numba import uint8
 
 from kernels.dirty_log import mark_segments
 from kernels.jit import inlined
-from kernels.memory import store_u8
+from kernels.memory import load_u64, store_u8
 from kernels.status import ERR_UNSUPPORTED, OK
 from kernels.virtio_layout import (
     BLK_S_IOERR,
@@ -37,15 +37,22 @@ def count_done(ring, kind, length):
 
 @inlined
 def answer(work, ring, head, kind, length, status_address, logged, logged_end, status):
-    """Write the status and give the chain back. segments[logged:logged_end]: what the request wrote, for the log."""
+    """Write the status and give the chain back. segments[logged:logged_end]: what the request wrote, for the log.
+
+    Unless guest memory has lost a page, maybe with what was read, written or answered: then nobody hears of anything.
+    """
     written = _ZERO
+    if status == OK:
+        store_u8(status_address, uint8(BLK_S_OK))
+    else:
+        store_u8(status_address, uint8(BLK_S_UNSUPP if status == ERR_UNSUPPORTED else BLK_S_IOERR))
+    if load_u64(work.disk.memory_errors) != _ZERO:
+        return
     ring.requests += _ONE
     if status == OK:
         written = count_done(ring, kind, length)
-        store_u8(status_address, uint8(BLK_S_OK))
     else:
         ring.errors += _ONE
-        store_u8(status_address, uint8(BLK_S_UNSUPP if status == ERR_UNSUPPORTED else BLK_S_IOERR))
     if ring.log_bytes:
         mark_segments(ring, work.memory, work.segments, logged, logged_end)
     give_back(ring, work.memory, head, written + _ONE)

@@ -18,7 +18,6 @@ DISK = np.dtype(
         ("capacity_sectors", "<u8"),
         ("read_only", "<i8"),
         ("map_address", "<u8"),  # the file mapped into this process; 0: read it by system call
-        ("map_start", "<u8"),  # where the mapping lies, also when it is no longer used
         ("map_bytes", "<u8"),
         ("map_writable", "<i8"),  # 1: writes go to the mapping
         ("map_always", "<i8"),  # 1: what is mapped is always in memory (DAX)
@@ -28,7 +27,8 @@ DISK = np.dtype(
         ("lookups", "<u8"),  # since the marks were made anew
         ("vector_address", "<u8"),  # room for what mincore tells of a granule
         ("id_address", "<u8"),  # BLK_ID_BYTES of serial, zero-padded
-        ("bus_errors", "<u8"),  # address of control_block.WORKER.bus_errors
+        ("bus_errors", "<u8"),  # addresses of control_block.WORKER's fields
+        ("memory_errors", "<u8"),
         ("bounce_address", "<u8"),  # BOUNCE_BYTES of this process
         ("bounces", "<i8"),  # 1: the kernel refused guest memory once, so do not try again
         ("direct", "<i8"),  # 1: opened with O_DIRECT, which not every piece of guest memory is aligned for

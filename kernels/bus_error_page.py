@@ -1,8 +1,21 @@
-"""Where the handler of SIGBUS finds its worker (kernels/bus_error.py). Plain, no numba."""
+"""What the handler of SIGBUS (kernels/bus_error.py) finds at a fixed address. Plain, no numba."""
+
+import ctypes
 
 SIGBUS = 7
 
-#: Address of a page that the process maps there; its first word is the address of its control_block.WORKER. A fixed
-#: one, so that the compiled handler can come from the cache: a signal handler has no argument of its own.
+#: Address of a page that the process maps there; a fixed one, so that the compiled handler can come from the cache: a
+#: signal handler has no argument of its own. It holds three uint64: the address of the control_block.WORKER; where the
+#: device's own file is mapped, whose faults it sees to; and how many bytes of it.
 RECORD_PAGE = 0x6276_7570_0000
 RECORD_PAGE_BYTES = 4096
+FILE_START = 8
+FILE_BYTES = 16
+
+
+def set_file(address: int, size_bytes: int) -> None:
+    """Tell the handler, where there is one, of the device's mapped file; no bytes: none is mapped."""
+    # SAFETY: who calls this has mapped the page.
+    ctypes.c_uint64.from_address(RECORD_PAGE + FILE_BYTES).value = 0
+    ctypes.c_uint64.from_address(RECORD_PAGE + FILE_START).value = address
+    ctypes.c_uint64.from_address(RECORD_PAGE + FILE_BYTES).value = size_bytes

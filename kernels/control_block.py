@@ -13,8 +13,8 @@ WORKER = np.dtype(
     [
         ("attention", "<u4"),  # C: differs from what the worker last saw when a command waits
         ("heartbeat", "<u4"),  # W: counts entries into the kernel
-        ("bus_errors", "<u8"),  # W: SIGBUS caught (a file behind a mapping shrank)
-        ("bus_error_address", "<u8"),  # W: the last address that faulted
+        ("bus_errors", "<u8"),  # W: SIGBUS caught in the device's own file (it shrank, or its disk is full)
+        ("memory_errors", "<u8"),  # W: SIGBUS caught elsewhere, in guest memory, since this process began
         ("sleeps", "<u8"),  # W: times it slept for lack of work
         ("_pad", "V96"),
     ]

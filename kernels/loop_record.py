@@ -21,7 +21,6 @@ LOOP = np.dtype(
         ("running", "<i8"),  # rings that ran when the kernel was entered; a command makes more of them, nothing else
         ("hot", "<i8"),  # the one of them that had work last
         ("since_all", "<i8"),  # looks and requests since all of them were looked at
-        ("bus_errors_seen", "<u8"),
         ("stages", "<u8"),  # address of the worker's stage_layout.STAGE_RECORD; 0 when stages are not counted
         ("attention_seen", "<u4"),
         ("_pad", "<u4"),

@@ -86,6 +86,17 @@ def or_u8(typing_context, address, bits):
 
 
 @intrinsic
+def add_u64(typing_context, address, number):
+    """Add to a number that other threads add to at the same time."""
+
+    def generate(context, builder, signature, arguments):
+        builder.atomic_rmw("add", _pointer(builder, arguments[0], 64), arguments[1], "seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64), generate
+
+
+@intrinsic
 def full_fence(typing_context):
     """Order every earlier store before every later load (virtio 1.2, 2.7.10 and 2.7.13.4)."""
 

@@ -261,7 +261,8 @@ def tell_under_way(ring):
 def break_ring(ring, error, one_address):
     """The driver broke the ring: stop serving it and ring its err doorbell (SET_VRING_ERR)."""
     ring.error = int32(error)
-    publish(ring, one_address)
+    if ring.used != _ZERO:  # it may wait for a translation since it was started
+        publish(ring, one_address)
     set_state(ring, cb.VRING_BROKEN)
     if ring.err_fd >= 0:
         ring_eventfd(ring.err_fd, one_address)

@@ -50,13 +50,14 @@ class DiskPair:
         disk["id_address"], disk["bounce_address"] = _SERIAL.ctypes.data, _ROOM.ctypes.data
         disk["zeros_address"], disk["zeros_bytes"] = _ZEROS.ctypes.data, BOUNCE_BYTES
         disk["bounces"] = bounces
-        disk["bus_errors"] = _WORKER.ctypes.data + cb.offset_of(cb.WORKER, "bus_errors")
+        for name in ("bus_errors", "memory_errors"):
+            disk[name] = _WORKER.ctypes.data + cb.offset_of(cb.WORKER, name)
         for name in ("can_discard", "can_write_zeroes", "can_punch", "can_zero_range"):
             disk[name] = abilities
         self.others = others or shared("alone")
         if mapped:
             self._view = np.frombuffer(self._map, np.uint8)
-            disk["map_address"] = disk["map_start"] = self._view.ctypes.data
+            disk["map_address"] = self._view.ctypes.data
             disk["map_bytes"] = len(image)
             disk["map_writable"] = not read_only
             self._granules = np.zeros(-(-len(image) >> GRANULE_SHIFT), np.uint8)

@@ -31,6 +31,7 @@ from vvupipe.workers.worker_memory import Table, WorkerMemory
 
 log = logging.getLogger(__name__)
 
+_MEMORY_LOST = 3  # exit status of a worker that makes way for another one
 _SA_SIGINFO = 4  # sigaction(2)
 _MAP_FIXED_NOREPLACE = 0x100000  # mmap(2)
 
@@ -170,7 +171,7 @@ class Worker(CommandExecutor):
         loop["one"] = self._one.ctypes.data
         loop["notice_fd"] = fds.pop(0)
         loop["spin_max_ns"] = loop["spin_ns"] = int(fields["spin_max_ns"])
-        loop["bus_errors_seen"] = self._block.workers["bus_errors"][self._index]
+        self._block.workers["memory_errors"][self._index] = 0
         loop["stages"] = self._block.stages_address(self._index)
         if loop["stages"]:
             self._kernels.call("count_stages", loop["stages"], loop["scratch"])
@@ -208,6 +209,8 @@ class Worker(CommandExecutor):
         self._place_again()
         for mapping in unused:
             mapping.close()
+        if not len(self._memory.table):
+            self._block.workers["memory_errors"][self._index] = 0  # nothing is left that could lack a page
 
     def _do_iotlb(self, fields: commands.Fields, fds: list[int]) -> None:
         """Change translations; rings that waited for one look again."""
@@ -276,6 +279,10 @@ class Worker(CommandExecutor):
         ring = self._rings[index]
         if ring["state"] in (layout.VRING_RUNNING, layout.VRING_WAITING):
             return self._position(index)  # given to us already when we took over
+        if self._block.workers["memory_errors"][self._index]:
+            # Where pages were lost there are empty ones now; a new process has the memory as it is.
+            log.warning("guest memory had lost pages: another worker takes over")
+            os._exit(_MEMORY_LOST)
         self._close_fds(index)
         for name in ("kick_fd", "call_fd", "err_fd"):
             ring[name] = fds.pop(0) if fields[name] else -1

@@ -10,9 +10,12 @@ import time
 import psutil
 import pytest
 
-from tests.mock.blk_driver import BlkDriver
+from kernels.control_block import VRING_BROKEN
+from kernels.status import ERR_MEMORY_GONE
+from tests.mock.blk_batch import BlkBatch
+from tests.mock.blk_driver import IN, OK, OUT, BlkDriver
 from tests.mock.driver_ring import DriverRing
-from tests.vvupipe.workers.pool_kit import in_scene, read
+from tests.vvupipe.workers.pool_kit import in_scene, read, until
 from vvupipe.errors import WorkerError
 
 pytestmark = pytest.mark.timeout(120)
@@ -151,6 +154,40 @@ def test_image_that_shrinks_under_several_requests_at_once(image):
         assert not scene.pool._slots[0].deaths
 
     in_scene(image, story)
+
+
+@pytest.mark.parametrize("engine", ["mmap", "sync"])
+@pytest.mark.parametrize("kind", [IN, OUT])
+def test_guest_memory_without_a_page(image, engine, kind):
+    """What is to be read or written is lost: no answer, the ring is broken; once started again it is served."""
+    content = image.read_bytes()
+
+    async def story(scene):
+        await scene.give_memory()
+        ring = DriverRing(scene.memory)
+        batch = BlkBatch(ring)
+        await scene.pool.start_vring(scene.setup(0, ring))
+        fd, size = scene.memory.regions[0][3], os.fstat(scene.memory.regions[0][3]).st_size
+        lost = size - 4096
+        request = batch.put(kind, 8, b"W" * 512 if kind == OUT else b"", 0 if kind == OUT else 512, lost)
+        os.ftruncate(fd, lost)
+        request.room = 0  # nobody can look there
+        batch.show()
+        await until(lambda: scene.pool.block.vrings["state"][0] == VRING_BROKEN)
+        assert scene.pool.block.vrings["error"][0] == ERR_MEMORY_GONE
+        batch.look()
+        assert request.status is None, "nobody may believe that it is done"
+        os.ftruncate(fd, size)
+        await scene.pool.stop_vring(0)
+        again = BlkBatch(DriverRing(scene.memory))
+        await scene.pool.start_vring(scene.setup(0, again.ring))
+        request = again.put(IN, 16, size=512, buffer=lost)
+        again.show()
+        await asyncio.to_thread(again.wait)
+        assert request.status == OK
+        assert scene.memory.read(lost, 512) == content[16 * 512 : 17 * 512]
+
+    in_scene(image, story, engine=engine)
 
 
 def test_idle_worker_uses_no_cpu(image):

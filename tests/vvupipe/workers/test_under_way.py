@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -232,6 +233,25 @@ def test_a_flush_that_failed_is_an_error(slow, engine):
         assert slow.fsync_errors == []
 
     play(slow, story, engine=engine)
+
+
+@needs_io_uring
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one CPU only")
+def test_the_thread_that_takes_submissions_has_a_cpu_of_its_own(slow):
+    """Where its worker is, one of the two would wait for the other's time slice to end."""
+
+    async def story(scene):
+        await start(scene, False)
+        (pid,) = scene.pool.pids()
+
+        def threads():
+            tasks = Path(f"/proc/{pid}/task").iterdir()
+            return [int(task.name) for task in tasks if (task / "comm").read_text().startswith("iou-sqp")]
+
+        await until(threads)  # it names itself when it runs
+        assert os.sched_getaffinity(threads()[0]) == os.sched_getaffinity(0) - os.sched_getaffinity(pid)
+
+    play(slow, story, engine="uring", sqpoll=True)
 
 
 def test_a_worker_sleeps_while_it_waits_for_the_disk(slow):

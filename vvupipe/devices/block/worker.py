@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import mmap
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kernels import bus_error_page
 from kernels import control_block as layout
 from kernels import request_record as request
 from kernels.blk_disk import BOUNCE_BYTES, DISK, GRANULE_SHIFT, VECTOR_BYTES
@@ -44,6 +47,18 @@ _FROM_COORDINATOR = (
     "merge_bytes",
     "map_always",
 )
+
+
+@contextlib.contextmanager
+def _on_other_cpus() -> Iterator[None]:
+    """Threads of the kernel that are made meanwhile do not share our CPU, if the coordinator has others."""
+    own = os.sched_getaffinity(0)
+    if others := os.sched_getaffinity(os.getppid()) - own:
+        os.sched_setaffinity(0, others)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 class BlockKernel:
@@ -97,7 +112,8 @@ class BlockKernel:
         disk["zeros_bytes"] = BOUNCE_BYTES
         for name in _FROM_COORDINATOR:
             disk[name] = int(fields[name])
-        disk["bus_errors"] = int(loop["record"][0]) + layout.offset_of(layout.WORKER, "bus_errors")
+        for name in ("bus_errors", "memory_errors"):
+            disk[name] = int(loop["record"][0]) + layout.offset_of(layout.WORKER, name)
         self._maps, self._writable_map = bool(fields["maps"]), bool(fields["writable_map"])
         self._map(size_bytes)
         self._loop = loop
@@ -105,7 +121,8 @@ class BlockKernel:
         request.lay_out(self._board, self._requests)
         self._board["stages"] = loop["stages"][0]
         if fields["uring"]:
-            self._uring = IoUring.open(request.REQUESTS_MAX, sqpoll=bool(fields["sqpoll"]))
+            with _on_other_cpus() if fields["sqpoll"] else contextlib.nullcontext():
+                self._uring = IoUring.open(request.REQUESTS_MAX, sqpoll=bool(fields["sqpoll"]))
             self._uring.register_file(self._unlocked_fd())
         self._registers = bool(fields["registers"])
         self._helpers = Helpers(int(fields["helpers"]))
@@ -144,7 +161,8 @@ class BlockKernel:
 
     def _map(self, size_bytes: int) -> None:
         disk = self._disk[0]
-        disk["map_address"] = disk["map_start"] = disk["map_bytes"] = disk["granules"] = 0
+        disk["map_address"] = disk["map_bytes"] = disk["granules"] = 0
+        bus_error_page.set_file(0, 0)
         if self._mapping:
             self._mapping.close()
             self._mapping = None
@@ -155,7 +173,8 @@ class BlockKernel:
         except (OSError, ValueError):
             return  # the system calls do the same, more slowly
         self._granules = np.zeros(-(-size_bytes >> GRANULE_SHIFT), np.uint8)
-        disk["map_address"] = disk["map_start"] = self._mapping.address
+        disk["map_address"] = self._mapping.address
+        bus_error_page.set_file(self._mapping.address, size_bytes)
         disk["map_bytes"] = size_bytes
         disk["map_writable"] = self._writable_map
         disk["granules_address"] = self._granules.ctypes.data
