@@ -29,6 +29,8 @@ DISK = np.dtype(
         ("id_address", "<u8"),  # BLK_ID_BYTES of serial, zero-padded
         ("bus_errors", "<u8"),  # addresses of control_block.WORKER's fields
         ("memory_errors", "<u8"),
+        ("disk_errors", "<u8"),
+        ("disk_errno", "<u8"),
         ("bounce_address", "<u8"),  # BOUNCE_BYTES of this process
         ("bounces", "<i8"),  # 1: the kernel refused guest memory once, so do not try again
         ("direct", "<i8"),  # 1: opened with O_DIRECT, which not every piece of guest memory is aligned for

@@ -1,7 +1,7 @@
 """What a virtio-blk request does to the image: read, write, flush, get-id, on an open file."""
 
 import numpy as np
-from numba import int32, int64, uint64
+from numba import int32, int64, uint32, uint64
 
 from kernels.blk_bounce import bounce_transfer
 from kernels.blk_request import total_bytes
@@ -11,12 +11,14 @@ from kernels.memory import (
     EINTR,
     EINVAL,
     EOPNOTSUPP,
+    add_u64,
     copy_bytes,
     last_errno,
     libc_fdatasync,
     libc_preadv,
     libc_preadv2,
     libc_pwritev,
+    store_u32,
 )
 from kernels.status import ERR_BAD_REQUEST, ERR_IO, LATER, OK
 from kernels.virtio_layout import BLK_ID_BYTES, SECTOR_BYTES, SECTOR_SHIFT
@@ -24,6 +26,7 @@ from kernels.virtio_layout import BLK_ID_BYTES, SECTOR_BYTES, SECTOR_SHIFT
 _IOV_MAX = 1024  # limits.h: segments in one preadv
 _RWF_NOWAIT = np.int32(8)  # preadv2(2)
 _ZERO = np.uint64(0)
+_ONE = np.uint64(1)
 
 
 @kernel
@@ -51,13 +54,29 @@ def skip_segments(segments, first, done):
 
 
 @kernel
+def note_failure(disk, errno):
+    """Show the coordinator that a system call failed, and why."""
+    store_u32(disk.disk_errno, uint32(errno))
+    add_u64(disk.disk_errors, _ONE)
+
+
+@kernel
+def bounce(disk, segments, first, end, offset, writing):
+    """bounce_transfer on the image. OK or ERR_IO."""
+    status = bounce_transfer(int32(disk.fd), disk.bounce_address, segments, first, end, offset, writing)
+    if status != OK:
+        note_failure(disk, last_errno())
+    return status
+
+
+@kernel
 def transfer(disk, segments, first, end, offset, writing):
     """preadv or pwritev until all of segments[first:end] is done. OK or ERR_IO (error, or end of file)."""
     disk.waited = 1
     fd = int32(disk.fd)
     while first < end:
         if disk.bounces:
-            return bounce_transfer(fd, disk.bounce_address, segments, first, end, offset, writing)
+            return bounce(disk, segments, first, end, offset, writing)
         iovec = uint64(segments.ctypes.data) + uint64(16) * uint64(first)
         parts = int32(min(end - first, _IOV_MAX))
         done = libc_pwritev(fd, iovec, parts, offset) if writing else libc_preadv(fd, iovec, parts, offset)
@@ -67,7 +86,9 @@ def transfer(disk, segments, first, end, offset, writing):
             disk.bounces = 1
             continue
         if done < 0 and last_errno() == EINVAL and disk.direct:
-            return bounce_transfer(fd, disk.bounce_address, segments, first, end, offset, writing)
+            return bounce(disk, segments, first, end, offset, writing)
+        if done < 0:
+            note_failure(disk, last_errno())
         if done <= 0:
             return ERR_IO
         offset += done
@@ -116,7 +137,10 @@ def flush(disk):
     if disk.unsafe:
         return OK
     disk.waited = 1
-    return OK if libc_fdatasync(int32(disk.fd)) == 0 else ERR_IO
+    if libc_fdatasync(int32(disk.fd)) == 0:
+        return OK
+    note_failure(disk, last_errno())
+    return ERR_IO
 
 
 @kernel

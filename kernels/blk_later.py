@@ -10,6 +10,7 @@ from kernels import helper, helper_record, uring
 from kernels import stage_layout as stage
 from kernels.blk_answer import answer
 from kernels.blk_disk import SEGMENTS_EACH
+from kernels.blk_io import note_failure
 from kernels.image_map import forget_marks
 from kernels.jit import inlined, kernel
 from kernels.memory import EAGAIN, ECANCELED, EFAULT, EINTR, EINVAL, EOPNOTSUPP
@@ -290,6 +291,7 @@ def collect_uring(work):
         if int64(work.results[k]) == wanted:
             ended += end_whole(work, slot, OK)
         elif failed_for_good(request.kind, int64(work.results[k])):
+            note_failure(work.disk, -int64(work.results[k]))
             ended += end_whole(work, slot, int64(ERR_IO))
         else:
             if int64(work.results[k]) == -EFAULT:

@@ -16,7 +16,9 @@ WORKER = np.dtype(
         ("bus_errors", "<u8"),  # W: SIGBUS caught in the device's own file (it shrank, or its disk is full)
         ("memory_errors", "<u8"),  # W: SIGBUS caught elsewhere, in guest memory, since this process began
         ("sleeps", "<u8"),  # W: times it slept for lack of work
-        ("_pad", "V96"),
+        ("disk_errors", "<u8"),  # W: system calls on the device's file that failed for good
+        ("disk_errno", "<u4"),  # W: what the last one of them said
+        ("_pad", "V84"),
     ]
 )
 assert WORKER.itemsize == 128

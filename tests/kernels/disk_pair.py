@@ -50,7 +50,7 @@ class DiskPair:
         disk["id_address"], disk["bounce_address"] = _SERIAL.ctypes.data, _ROOM.ctypes.data
         disk["zeros_address"], disk["zeros_bytes"] = _ZEROS.ctypes.data, BOUNCE_BYTES
         disk["bounces"] = bounces
-        for name in ("bus_errors", "memory_errors"):
+        for name in ("bus_errors", "memory_errors", "disk_errors", "disk_errno"):
             disk[name] = _WORKER.ctypes.data + cb.offset_of(cb.WORKER, name)
         for name in ("can_discard", "can_write_zeroes", "can_punch", "can_zero_range"):
             disk[name] = abilities

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _HEADER_AND_STATUS = 2  # descriptors of a request besides its data (virtio 1.2, 5.2.6)
 _SIZE_CHECK_S = 1.0
+_FAILURE_CHECK_S = 0.5
+_FAILURES_EVERY_S = 10.0  # as long as they go on
 _STATE_VERSION = 1
 
 
@@ -99,6 +101,7 @@ class BlockDevice:
         worker = DeviceWorker("vvupipe.devices.block.worker", fields, (image.fd,))
         self.pool = WorkerPool(worker, cpus, num_queues, spin_max_ns)
         self._watcher: asyncio.Task[None] | None = None
+        self._failure_watcher: asyncio.Task[None] | None = None
 
     # Configuration.
 
@@ -202,11 +205,13 @@ class BlockDevice:
         """Start serving: workers, and a look at the image's size now and then. Raises: WorkerError."""
         await self.pool.start()
         self._watcher = asyncio.create_task(self._watch_size())
+        self._failure_watcher = asyncio.create_task(self._watch_failures())
 
     async def close(self) -> None:
         """End the workers and close the image."""
-        if self._watcher:
-            self._watcher.cancel()
+        for watcher in (self._watcher, self._failure_watcher):
+            if watcher:
+                watcher.cancel()
         await self.pool.close()
         self.image.close()
 
@@ -228,6 +233,20 @@ class BlockDevice:
         if self._watcher and self._watcher.done():
             self._watcher = asyncio.create_task(self._watch_size())
         return size_bytes
+
+    async def _watch_failures(self) -> None:
+        """Say why requests fail: the guest only hears that they do."""
+        told = 0
+        while True:
+            await asyncio.sleep(_FAILURE_CHECK_S)
+            records = self.pool.block.workers
+            failures = int(records["disk_errors"].sum())
+            if failures == told:
+                continue
+            why = os.strerror(int(records["disk_errno"].max()))
+            log.error("%s: %d reads, writes or flushes of it failed: %s", self.image.path, failures - told, why)
+            told = failures
+            await asyncio.sleep(_FAILURES_EVERY_S)
 
     async def _watch_size(self) -> None:
         while True:

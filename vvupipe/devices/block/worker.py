@@ -112,7 +112,7 @@ class BlockKernel:
         disk["zeros_bytes"] = BOUNCE_BYTES
         for name in _FROM_COORDINATOR:
             disk[name] = int(fields[name])
-        for name in ("bus_errors", "memory_errors"):
+        for name in ("bus_errors", "memory_errors", "disk_errors", "disk_errno"):
             disk[name] = int(loop["record"][0]) + layout.offset_of(layout.WORKER, name)
         self._maps, self._writable_map = bool(fields["maps"]), bool(fields["writable_map"])
         self._map(size_bytes)

@@ -1,6 +1,7 @@
 """Writes into a hole of an image whose file system is full: an error for them, and for nothing else."""
 
 import asyncio
+import errno
 import os
 import subprocess
 import time
@@ -93,6 +94,8 @@ def test_full_file_system(folder, engine):
         assert (await request(IN, hole, size=PAGE))[:2] == (OK, bytes(PAGE))
         assert (await request(OUT, 8, b"k" * PAGE))[0] == OK, "where there are blocks already"
         assert not scene.pool._slots[0].deaths
+        worker = scene.pool.block.workers[0]
+        assert (worker["disk_errors"], worker["disk_errno"]) == (2, errno.ENOSPC)
         filler.unlink()
         os.sync()
         assert (await request(OUT, hole, b"w" * PAGE))[0] == OK

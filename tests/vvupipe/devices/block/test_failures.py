@@ -1,0 +1,33 @@
+"""An operator is told why requests fail: one line for many."""
+
+import asyncio
+import errno
+import os
+
+import pytest
+
+from tests.vvupipe.workers.pool_kit import until
+from vvupipe.devices.block import device as device_module
+from vvupipe.devices.block.device import BlockDevice
+from vvupipe.devices.block.image import open_image
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def test_failures_are_told_of_now_and_then(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(device_module, "_FAILURE_CHECK_S", 0.01)
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(8192))
+
+    async def play():
+        device = BlockDevice(open_image(path, read_only=False, lock=False), [0], 1, 256, 50_000)
+        await device.start()
+        worker = device.pool.block.workers[0]
+        worker["disk_errno"], worker["disk_errors"] = errno.ENOSPC, 3
+        await until(lambda: caplog.messages)
+        worker["disk_errors"] = 5
+        await asyncio.sleep(0.2)
+        await device.close()
+
+    asyncio.run(play())
+    assert caplog.messages == [f"{path}: 3 reads, writes or flushes of it failed: {os.strerror(errno.ENOSPC)}"]
