@@ -90,6 +90,7 @@ class SessionVrings:
                 task.cancel()
             await asyncio.gather(*self._in_band.values(), return_exceptions=True)
             self._forget_inflight()
+            self._device.pool.forget_undone()
 
     def enable_all(self) -> None:
         """Without protocol features a ring starts enabled."""

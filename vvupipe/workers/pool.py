@@ -26,6 +26,7 @@ from vvupipe.memory.region import MemoryRegion
 from vvupipe.memory.shared import create_unnamed
 from vvupipe.workers import commands
 from vvupipe.workers.control_block import ControlBlock
+from vvupipe.workers.left_undone import LeftUndone
 from vvupipe.workers.pool_memory import PoolMemory
 from vvupipe.workers.vring_setup import VringSetup
 from vvupipe.workers.worker_handle import OPEN_TIMEOUT_S, WorkerDied, WorkerHandle
@@ -81,6 +82,7 @@ class WorkerPool:
         self.block = ControlBlock(len(self._slots), num_vrings)
         self.num_vrings = num_vrings
         self._memory = PoolMemory()
+        self._left = LeftUndone()
         self._notice_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         #: called when vrings may wait for translations: `waiting` tells which
         self.on_waiting: Callable[[], None] = lambda: None
@@ -125,6 +127,7 @@ class WorkerPool:
             slot.vrings.clear()
         asyncio.get_running_loop().remove_reader(self._notice_fd)
         os.close(self._notice_fd)
+        self._left.forget_all()
         self._memory.close()
 
     async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
@@ -201,16 +204,16 @@ class WorkerPool:
     async def start_vring(self, setup: VringSetup) -> StartedVring:
         """Serve a vring; the pool owns `setup` from here on.
 
-        Raises: WorkerError when its addresses are bad.
+        Raises: WorkerError when its addresses are bad, UserError or OSError when there is no room for its requests.
         """
         slot = self._slot(setup.index)
         self._forget(slot, setup.index)
-        if setup.inflight_fd < 0:
-            # Requests complete in any order: the ring itself does not tell which a worker that died had not done.
-            setup.inflight_bytes = part_bytes(setup.size, packed=setup.packed)
-            setup.inflight_offset = 0
-            setup.inflight_fd = create_unnamed(setup.inflight_bytes)
-        await self._worker(slot)  # before the setup is remembered, or a new worker would be given it twice
+        try:
+            self._give_inflight(setup)
+            await self._worker(slot)  # before the setup is remembered, or a new worker would be given it twice
+        except BaseException:
+            setup.close()
+            raise
         slot.vrings[setup.index] = setup
         try:
             answer = await self._command(slot, *_start_command(setup))
@@ -219,14 +222,39 @@ class WorkerPool:
             raise
         return StartedVring(int(answer["last_avail_idx"]), int(answer["again"]), bool(answer["waits"]))
 
+    def _give_inflight(self, setup: VringSetup) -> None:
+        """See that a vring has an inflight region. Raises: UserError, OSError when there is no room for one."""
+        left = self._left.take(setup)
+        if setup.inflight_fd >= 0:
+            if left >= 0:
+                os.close(left)
+            return
+        # Requests complete in any order: the ring itself does not tell which a worker that died had not done.
+        setup.own_inflight = True
+        setup.inflight_bytes = part_bytes(setup.size, packed=setup.packed)
+        setup.inflight_offset = 0
+        setup.inflight_fd = left if left >= 0 else create_unnamed(setup.inflight_bytes)
+
     async def stop_vring(self, index: int) -> int:
-        """Stop a vring, when all its requests that were taken are done. Returns last_avail_idx."""
+        """Stop a vring, when all its requests that were taken are done. Returns last_avail_idx.
+
+        What was to be done again and waits for a translation cannot be done: it is when the vring starts there again.
+        """
         slot = self._slot(index)
         self._tell_broken(index)
         answer = await self._command(slot, {"op": "stop", "index": index})
         self._told_broken.discard(index)
+        position, undone = int(answer["last_avail_idx"]), int(answer["undone"])
+        if undone:
+            log.warning("vring %d stopped with %d requests that wait for a translation to be done again", index, undone)
+            if slot.vrings[index].own_inflight:
+                self._left.keep(slot.vrings[index], position)
         self._forget(slot, index)
-        return int(answer["last_avail_idx"])
+        return position
+
+    def forget_undone(self) -> None:
+        """Nobody goes on with the vrings that stopped."""
+        self._left.forget_all()
 
     async def replace_doorbell(self, index: int, which: str, doorbell: Doorbell | None) -> None:
         """Change the `call` or `err` doorbell of a running vring; the pool owns it from here on."""
