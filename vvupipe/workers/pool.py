@@ -27,7 +27,7 @@ from vvupipe.memory.shared import create_unnamed
 from vvupipe.workers import commands
 from vvupipe.workers.control_block import ControlBlock
 from vvupipe.workers.left_undone import LeftUndone
-from vvupipe.workers.pool_memory import PoolMemory
+from vvupipe.workers.pool_memory import Command, PoolMemory
 from vvupipe.workers.vring_setup import VringSetup
 from vvupipe.workers.worker_handle import OPEN_TIMEOUT_S, WorkerDied, WorkerHandle
 
@@ -298,9 +298,15 @@ class WorkerPool:
         if setup:
             setup.close()
 
-    async def _to_all(self, command: tuple[commands.Fields, list[int]]) -> None:
-        running = [slot for slot in self._slots if slot.handle]
-        await asyncio.gather(*(self._command(slot, *command) for slot in running))
+    async def _to_all(self, command: Command) -> None:
+        """Give a command to every worker, also to those that are being brought up: who may not know of it yet."""
+        with self._memory.fds_kept():
+            slots = [slot for slot in self._slots if slot.handle or slot.ready.locked()]
+            # All have ended when this returns: what the command names may be closed then.
+            results = await asyncio.gather(*(self._command(slot, *command) for slot in slots), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     async def _command(self, slot: _Slot, fields: commands.Fields, fds: Sequence[int] = ()) -> commands.Fields:
         while True:
@@ -344,15 +350,25 @@ class WorkerPool:
             "device": self._device.fields,
         }
         await handle.command(opening, [self.block.fd, self._notice_fd, *self._device.fds], OPEN_TIMEOUT_S)
-        for command in self._memory.commands():
-            await handle.command(*command)
+        with self._memory.fds_kept():
+            coming = self._memory.coming()
+            for command in self._memory.commands():
+                await handle.command(*command)
+            for command in coming:
+                await self._try(handle, command, "memory")
         for setup in list(slot.vrings.values()):
-            try:
-                await handle.command(*_start_command(setup))
-            except WorkerDied:
-                raise
-            except WorkerError as error:
-                log.warning("vring %d could not be given to the new worker: %s", setup.index, error)
+            if slot.vrings.get(setup.index) is setup:  # else it was forgotten meanwhile, its fds are closed
+                await self._try(handle, _start_command(setup), f"vring {setup.index}")
+
+    @staticmethod
+    async def _try(handle: WorkerHandle, command: Command, what: str) -> None:
+        """A command that a new worker may refuse without being useless."""
+        try:
+            await handle.command(*command)
+        except WorkerDied:
+            raise
+        except WorkerError as error:
+            log.warning("%s could not be given to the new worker: %s", what, error)
 
     async def _watch(self, slot: _Slot, handle: WorkerHandle) -> None:
         """Replace the worker when it dies."""
@@ -384,7 +400,7 @@ class WorkerPool:
             raise error
 
 
-def _start_command(setup: VringSetup) -> tuple[commands.Fields, list[int]]:
+def _start_command(setup: VringSetup) -> Command:
     fds = [setup.kick_fd] if setup.kick_fd >= 0 else []
     fds += [doorbell.fd for doorbell in (setup.call, setup.err) if doorbell]
     fds += [setup.inflight_fd] if setup.inflight_fd >= 0 else []
