@@ -44,7 +44,10 @@ class WorkerHandle:
         raise_attention: called when a command has been sent, to make the worker's kernel return to it.
         Raises: WorkerError.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise WorkerError(f"cannot start a worker process: {error.strerror}") from error
         ours.setblocking(False)
         try:
             with theirs:
