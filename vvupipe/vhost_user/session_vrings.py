@@ -335,9 +335,14 @@ class SessionVrings:
             self._ring_in_band(vring, "err", BackendRequest.VRING_ERR)
 
     def _ring_in_band(self, vring: Vring, which: str, kind: BackendRequest) -> None:
-        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        vring.set_doorbell(which, Doorbell(fd))
-        self._in_band[vring.index, which] = asyncio.create_task(self._relay(os.dup(fd), vring.index, kind))
+        doorbell = Doorbell(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+        try:
+            watched = os.dup(doorbell.fd)
+        except OSError:
+            doorbell.close()
+            raise
+        vring.set_doorbell(which, doorbell)
+        self._in_band[vring.index, which] = asyncio.create_task(self._relay(watched, vring.index, kind))
 
     async def _relay(self, fd: int, index: int, kind: BackendRequest) -> None:
         try:
