@@ -7,6 +7,7 @@ from kernels import blk_worker, vring
 from kernels.blk_disk import DISK
 from kernels.blk_helper import help_worker
 from kernels.blk_parts import PARTS
+from kernels.blk_queue import serve_ring
 from kernels.blk_work import BlockWork
 from kernels.bus_error import survive_bus_error
 from kernels.helper_record import HELPER
@@ -62,6 +63,19 @@ def drain(parts):
     each = records_at(parts, int64(1), PARTS)[0]
     blk_worker.drain(records_at(each.pollfds, each.num_pollfds, POLLFD), work_of(each))
     return 0
+
+
+def serve_again(parts, index):
+    """What is to be done again in one ring, as far as there is room, and the call that whoever died may owe its driver.
+
+    Returns how many are left. parts: address of a PARTS.
+    """
+    work = work_of(records_at(parts, int64(1), PARTS)[0])
+    ring = work.rings[int64(index)]
+    if ring.resubmit_next < ring.resubmit_count:
+        serve_ring(work, ring)
+    vring.call_if_wanted(ring, work.one)
+    return ring.resubmit_count - ring.resubmit_next
 
 
 def help_with(parts, index, disk):
@@ -131,6 +145,7 @@ def set_state(ring, state):
 ENTRIES = (
     serve,
     drain,
+    serve_again,
     help_with,
     count_stages,
     on_bus_error,

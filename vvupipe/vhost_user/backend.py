@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from kernels.virtio_layout import F_VERSION_1
-from vvupipe.errors import Disconnected, ProtocolError, TransportError, WorkerError
+from vvupipe.errors import Disconnected, ProtocolError, TransportError, UserError, WorkerError
 from vvupipe.vhost_user.back_end_channel import BackendChannel
 from vvupipe.vhost_user.device import Device
 from vvupipe.vhost_user.device_state import StateTransfers
@@ -156,10 +156,11 @@ class Session:
                 self._check_negotiated(message)
                 reply = await handler(message)
                 code = _DONE
-            except (ProtocolError, WorkerError) as error:
+            except (ProtocolError, WorkerError, UserError, OSError) as error:
+                # Whatever its file descriptors are, or this machine lacks, is no reason to end the back-end.
                 if not wants_ack:
-                    raise ProtocolError(f"{message.name}: {error}") from error
-                log.warning("%s refused: %s", message.name, error)
+                    raise ProtocolError(f"{message.name}: {_reason(error)}") from error
+                log.warning("%s refused: %s", message.name, _reason(error))
         if reply is None and wants_ack:
             reply = pack_u64(code)
         if reply is None:
@@ -167,6 +168,8 @@ class Session:
         answer = reply if isinstance(reply, Message) else message.reply(reply)
         try:
             await self._connection.send(answer)
+        except OSError as error:
+            raise ProtocolError(f"the answer to {message.name} cannot be sent: {_reason(error)}") from error
         finally:
             answer.close_fds()
 
@@ -307,6 +310,10 @@ class Session:
         await self._device.set_config(wanted.offset, wanted.data, self._vrings.features, migration=migration)
 
 
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 async def serve(connection: Connection, device: Device) -> None:
     """Serve one front-end until it leaves. Only a failure of the carrier or of the workers is raised.
 
@@ -316,7 +323,7 @@ async def serve(connection: Connection, device: Device) -> None:
     try:
         await session.run()
         log.info("the front-end left")
-    except ProtocolError as error:
-        log.warning("front-end dropped: %s", error)
+    except (ProtocolError, OSError) as error:
+        log.warning("front-end dropped: %s", _reason(error))
     finally:
         await session.close()

@@ -28,7 +28,7 @@ class Device(Protocol):
     async def set_config(self, offset: int, data: bytes, features: int, *, migration: bool) -> None:
         """A write of the driver (or, with `migration`, of the front-end) to the configuration space.
 
-        Raises: ProtocolError when those bytes cannot be written.
+        Raises: ProtocolError when those bytes cannot be written, OSError when what they ask for failed.
         """
 
     def write_through(self, features: int) -> bool:

@@ -36,11 +36,12 @@ class StateTransfers:
                 raise ProtocolError("vrings are running")
             if self._task and not self._task.done():
                 raise ProtocolError("another transfer is under way")
+            if message.fds:
+                os.set_blocking(message.fds[0], False)
             fd = message.take_fd()
-        except ProtocolError as error:
+        except (ProtocolError, OSError) as error:
             log.warning("SET_DEVICE_STATE_FD refused: %s", error)
             return pack_u64(_FAILED | STATE_NO_FD)
-        os.set_blocking(fd, False)
         work = self._save if transfer.direction == StateDirection.SAVE else self._load
         self._task = asyncio.create_task(work(fd))
         return pack_u64(STATE_NO_FD)

@@ -212,7 +212,7 @@ class SessionMemory:
             self._drop_log()
             self._log = area
             await self._apply_log()
-        except (ProtocolError, WorkerError) as error:
+        except (ProtocolError, WorkerError, OSError) as error:
             log.warning("SET_LOG_BASE refused: %s", error)
             return pack_u64(1)
         return pack_u64(0)

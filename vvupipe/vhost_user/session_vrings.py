@@ -17,7 +17,7 @@ from kernels.virtio_layout import (
     F_RING_PACKED,
     PACKED_WRAP,
 )
-from vvupipe.errors import Disconnected, ProtocolError, TransportError, WorkerError
+from vvupipe.errors import Disconnected, ProtocolError, TransportError, UserError, WorkerError
 from vvupipe.fd_socket import wait_fd
 from vvupipe.memory.doorbell import Doorbell
 from vvupipe.vhost_user.back_end_channel import BackendChannel
@@ -90,6 +90,7 @@ class SessionVrings:
                 task.cancel()
             await asyncio.gather(*self._in_band.values(), return_exceptions=True)
             self._forget_inflight()
+            self._device.pool.forget_undone()
 
     def enable_all(self) -> None:
         """Without protocol features a ring starts enabled."""
@@ -187,11 +188,16 @@ class SessionVrings:
         await self._set_doorbell(vring, "err", self._connection.err(message))
 
     async def _set_doorbell(self, vring: Vring, which: str, doorbell: Doorbell | None) -> None:
+        try:
+            copy = _copy(doorbell) if vring.running else None
+        except OSError:
+            if doorbell:
+                doorbell.close()
+            raise
         if task := self._in_band.pop((vring.index, which), None):
             task.cancel()
         vring.set_doorbell(which, doorbell)
         if vring.running:
-            copy = Doorbell(os.dup(doorbell.fd)) if doorbell else None
             await self._device.pool.replace_doorbell(vring.index, which, copy)
 
     async def set_enable(self, message: Message) -> None:
@@ -264,9 +270,10 @@ class SessionVrings:
         self._fill_in_band(vring)
         try:
             answer = await self._device.pool.start_vring(self._setup(vring))
-        except WorkerError:
+        except (WorkerError, UserError, OSError):
             if vring.err:
-                vring.err.ring()
+                with contextlib.suppress(OSError):  # it is the front-end's, and may be anything
+                    vring.err.ring()
             raise
         base = self._base(vring)
         vring.running = True
@@ -285,8 +292,7 @@ class SessionVrings:
     def _setup(self, vring: Vring) -> VringSetup:
         assert vring.addresses is not None
         desc_uva, avail_uva, used_uva = vring.addresses
-        inflight_fd, inflight_offset, inflight_bytes = self._part_of_inflight(vring)
-        return VringSetup(
+        setup = VringSetup(
             vring.index,
             vring.size,
             desc_uva,
@@ -301,13 +307,16 @@ class SessionVrings:
             base=self._base(vring),
             log_used=bool(vring.flags & VRING_F_LOG),
             log_gpa=vring.log_gpa,
-            inflight_offset=inflight_offset,
-            inflight_bytes=inflight_bytes,
-            inflight_fd=inflight_fd,
-            kick_fd=os.dup(vring.kick_fd) if vring.kick_fd >= 0 else -1,
-            call=Doorbell(os.dup(vring.call.fd)) if vring.call else None,
-            err=Doorbell(os.dup(vring.err.fd)) if vring.err else None,
         )
+        try:
+            setup.inflight_fd, setup.inflight_offset, setup.inflight_bytes = self._part_of_inflight(vring)
+            setup.kick_fd = os.dup(vring.kick_fd) if vring.kick_fd >= 0 else -1
+            setup.call = _copy(vring.call)
+            setup.err = _copy(vring.err)
+        except BaseException:
+            setup.close()
+            raise
+        return setup
 
     async def _stop(self, vring: Vring) -> None:
         if vring.running:
@@ -326,9 +335,14 @@ class SessionVrings:
             self._ring_in_band(vring, "err", BackendRequest.VRING_ERR)
 
     def _ring_in_band(self, vring: Vring, which: str, kind: BackendRequest) -> None:
-        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        vring.set_doorbell(which, Doorbell(fd))
-        self._in_band[vring.index, which] = asyncio.create_task(self._relay(os.dup(fd), vring.index, kind))
+        doorbell = Doorbell(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+        try:
+            watched = os.dup(doorbell.fd)
+        except OSError:
+            doorbell.close()
+            raise
+        vring.set_doorbell(which, doorbell)
+        self._in_band[vring.index, which] = asyncio.create_task(self._relay(watched, vring.index, kind))
 
     async def _relay(self, fd: int, index: int, kind: BackendRequest) -> None:
         try:
@@ -345,3 +359,8 @@ class SessionVrings:
             log.warning("in-band notifications of vring %d end: %s", index, error)
         finally:
             os.close(fd)
+
+
+def _copy(doorbell: Doorbell | None) -> Doorbell | None:
+    """A doorbell with an fd of its own. Raises: OSError."""
+    return Doorbell(os.dup(doorbell.fd)) if doorbell else None

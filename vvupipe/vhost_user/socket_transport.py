@@ -115,8 +115,13 @@ class SocketConnection:
     def kick(self, message: Message) -> int | None:
         """See transport.Connection. Non-blocking, as whoever drains it must never be made to wait."""
         fd = self._eventfd(message)
-        if fd is not None:
+        if fd is None:
+            return None
+        try:
             os.set_blocking(fd, False)
+        except OSError:
+            os.close(fd)
+            raise
         return fd
 
     def call(self, message: Message) -> Doorbell | None:

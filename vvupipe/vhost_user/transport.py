@@ -37,7 +37,10 @@ class MessageChannel(Protocol):
 
 
 class Connection(Protocol):
-    """One stay of one front-end."""
+    """One stay of one front-end.
+
+    What takes a file descriptor of a message may raise OSError as well, when that is of no use.
+    """
 
     #: Protocol features that this carrier can pass on; the back-end offers no others.
     protocol_features: ProtocolFeature

@@ -292,7 +292,12 @@ def _regions_at(offset: int, entry: RegionEntry, areas: list[MappableArea]) -> l
         if start < 0 or start >= area.size_bytes or done == entry.size_bytes:
             continue
         size = min(entry.size_bytes - done, area.size_bytes - start)
-        found.append(MemoryRegion(entry.gpa + done, size, entry.uva + done, os.dup(area.fd), area.fd_offset + start))
+        try:
+            fd = os.dup(area.fd)
+        except OSError:
+            close_regions(found)
+            raise
+        found.append(MemoryRegion(entry.gpa + done, size, entry.uva + done, fd, area.fd_offset + start))
         done += size
     if done < entry.size_bytes:
         close_regions(found)

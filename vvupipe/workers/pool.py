@@ -26,7 +26,8 @@ from vvupipe.memory.region import MemoryRegion
 from vvupipe.memory.shared import create_unnamed
 from vvupipe.workers import commands
 from vvupipe.workers.control_block import ControlBlock
-from vvupipe.workers.pool_memory import PoolMemory
+from vvupipe.workers.left_undone import LeftUndone
+from vvupipe.workers.pool_memory import Command, PoolMemory
 from vvupipe.workers.vring_setup import VringSetup
 from vvupipe.workers.worker_handle import OPEN_TIMEOUT_S, WorkerDied, WorkerHandle
 
@@ -81,6 +82,7 @@ class WorkerPool:
         self.block = ControlBlock(len(self._slots), num_vrings)
         self.num_vrings = num_vrings
         self._memory = PoolMemory()
+        self._left = LeftUndone()
         self._notice_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         #: called when vrings may wait for translations: `waiting` tells which
         self.on_waiting: Callable[[], None] = lambda: None
@@ -125,6 +127,7 @@ class WorkerPool:
             slot.vrings.clear()
         asyncio.get_running_loop().remove_reader(self._notice_fd)
         os.close(self._notice_fd)
+        self._left.forget_all()
         self._memory.close()
 
     async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
@@ -201,16 +204,16 @@ class WorkerPool:
     async def start_vring(self, setup: VringSetup) -> StartedVring:
         """Serve a vring; the pool owns `setup` from here on.
 
-        Raises: WorkerError when its addresses are bad.
+        Raises: WorkerError when its addresses are bad, UserError or OSError when there is no room for its requests.
         """
         slot = self._slot(setup.index)
         self._forget(slot, setup.index)
-        if setup.inflight_fd < 0:
-            # Requests complete in any order: the ring itself does not tell which a worker that died had not done.
-            setup.inflight_bytes = part_bytes(setup.size, packed=setup.packed)
-            setup.inflight_offset = 0
-            setup.inflight_fd = create_unnamed(setup.inflight_bytes)
-        await self._worker(slot)  # before the setup is remembered, or a new worker would be given it twice
+        try:
+            self._give_inflight(setup)
+            await self._worker(slot)  # before the setup is remembered, or a new worker would be given it twice
+        except BaseException:
+            setup.close()
+            raise
         slot.vrings[setup.index] = setup
         try:
             answer = await self._command(slot, *_start_command(setup))
@@ -219,14 +222,39 @@ class WorkerPool:
             raise
         return StartedVring(int(answer["last_avail_idx"]), int(answer["again"]), bool(answer["waits"]))
 
+    def _give_inflight(self, setup: VringSetup) -> None:
+        """See that a vring has an inflight region. Raises: UserError, OSError when there is no room for one."""
+        left = self._left.take(setup)
+        if setup.inflight_fd >= 0:
+            if left >= 0:
+                os.close(left)
+            return
+        # Requests complete in any order: the ring itself does not tell which a worker that died had not done.
+        setup.own_inflight = True
+        setup.inflight_bytes = part_bytes(setup.size, packed=setup.packed)
+        setup.inflight_offset = 0
+        setup.inflight_fd = left if left >= 0 else create_unnamed(setup.inflight_bytes)
+
     async def stop_vring(self, index: int) -> int:
-        """Stop a vring, when all its requests that were taken are done. Returns last_avail_idx."""
+        """Stop a vring, when all its requests that were taken are done. Returns last_avail_idx.
+
+        What was to be done again and waits for a translation cannot be done: it is when the vring starts there again.
+        """
         slot = self._slot(index)
         self._tell_broken(index)
         answer = await self._command(slot, {"op": "stop", "index": index})
         self._told_broken.discard(index)
+        position, undone = int(answer["last_avail_idx"]), int(answer["undone"])
+        if undone:
+            log.warning("vring %d stopped with %d requests that wait for a translation to be done again", index, undone)
+            if slot.vrings[index].own_inflight:
+                self._left.keep(slot.vrings[index], position)
         self._forget(slot, index)
-        return int(answer["last_avail_idx"])
+        return position
+
+    def forget_undone(self) -> None:
+        """Nobody goes on with the vrings that stopped."""
+        self._left.forget_all()
 
     async def replace_doorbell(self, index: int, which: str, doorbell: Doorbell | None) -> None:
         """Change the `call` or `err` doorbell of a running vring; the pool owns it from here on."""
@@ -270,9 +298,15 @@ class WorkerPool:
         if setup:
             setup.close()
 
-    async def _to_all(self, command: tuple[commands.Fields, list[int]]) -> None:
-        running = [slot for slot in self._slots if slot.handle]
-        await asyncio.gather(*(self._command(slot, *command) for slot in running))
+    async def _to_all(self, command: Command) -> None:
+        """Give a command to every worker, also to those that are being brought up: who may not know of it yet."""
+        with self._memory.fds_kept():
+            slots = [slot for slot in self._slots if slot.handle or slot.ready.locked()]
+            # All have ended when this returns: what the command names may be closed then.
+            results = await asyncio.gather(*(self._command(slot, *command) for slot in slots), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     async def _command(self, slot: _Slot, fields: commands.Fields, fds: Sequence[int] = ()) -> commands.Fields:
         while True:
@@ -316,15 +350,25 @@ class WorkerPool:
             "device": self._device.fields,
         }
         await handle.command(opening, [self.block.fd, self._notice_fd, *self._device.fds], OPEN_TIMEOUT_S)
-        for command in self._memory.commands():
-            await handle.command(*command)
+        with self._memory.fds_kept():
+            coming = self._memory.coming()
+            for command in self._memory.commands():
+                await handle.command(*command)
+            for command in coming:
+                await self._try(handle, command, "memory")
         for setup in list(slot.vrings.values()):
-            try:
-                await handle.command(*_start_command(setup))
-            except WorkerDied:
-                raise
-            except WorkerError as error:
-                log.warning("vring %d could not be given to the new worker: %s", setup.index, error)
+            if slot.vrings.get(setup.index) is setup:  # else it was forgotten meanwhile, its fds are closed
+                await self._try(handle, _start_command(setup), f"vring {setup.index}")
+
+    @staticmethod
+    async def _try(handle: WorkerHandle, command: Command, what: str) -> None:
+        """A command that a new worker may refuse without being useless."""
+        try:
+            await handle.command(*command)
+        except WorkerDied:
+            raise
+        except WorkerError as error:
+            log.warning("%s could not be given to the new worker: %s", what, error)
 
     async def _watch(self, slot: _Slot, handle: WorkerHandle) -> None:
         """Replace the worker when it dies."""
@@ -356,7 +400,7 @@ class WorkerPool:
             raise error
 
 
-def _start_command(setup: VringSetup) -> tuple[commands.Fields, list[int]]:
+def _start_command(setup: VringSetup) -> Command:
     fds = [setup.kick_fd] if setup.kick_fd >= 0 else []
     fds += [doorbell.fd for doorbell in (setup.call, setup.err) if doorbell]
     fds += [setup.inflight_fd] if setup.inflight_fd >= 0 else []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
 
+from vvupipe.fd_socket import close_all
 from vvupipe.memory.iotlb import Iotlb, Translation
 from vvupipe.memory.region import MemoryRegion
 from vvupipe.workers import commands
@@ -23,6 +25,9 @@ class PoolMemory:
         self._numbers = itertools.count(1)
         self._regions: dict[int, MemoryRegion] = {}  # what workers have mapped, or are about to
         self._table: list[int] = []
+        self._coming: list[int] = []  # of the table that comes next, where that is not the table yet
+        self._users = 0
+        self._given_up: list[int] = []  # fds
         self.iotlb = Iotlb()
         self._log_fd = self._log_event = -1
         self._log_bytes = self._log_offset = 0
@@ -30,7 +35,7 @@ class PoolMemory:
     def add(self, regions: Iterable[MemoryRegion]) -> tuple[list[int], list[Command]]:
         """Take over `regions`, those that we have already included. Their numbers, and how workers map the new."""
         known = {id(region): number for number, region in self._regions.items()}
-        numbers = []
+        numbers: list[int] = []
         new = []
         for region in regions:
             number = known.get(id(region))
@@ -39,29 +44,52 @@ class PoolMemory:
                 self._regions[number] = region
                 new.append(number)
             numbers.append(number)
+        self._coming = new
         return numbers, list(self._map(new))
 
     def use(self, numbers: list[int]) -> Command:
         """Make `numbers` the table: the command that tells workers. `drop_unused` comes when they have it."""
         self._table = numbers
+        self._coming = []
         return self._use()
 
     def drop_unused(self) -> None:
         """Close the regions that are not in the table."""
+        self._coming = []
         for number in self._regions.keys() - set(self._table):
-            self._regions.pop(number).close()
+            region = self._regions.pop(number)
+            self._close(region.fd)
+            region.fd = -1
+
+    @contextlib.contextmanager
+    def fds_kept(self) -> Iterator[None]:
+        """What is given up meanwhile is closed at the end: commands that are not sent yet may name it."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                given_up, self._given_up = self._given_up, []
+                close_all(given_up)
+
+    def _close(self, fd: int) -> None:
+        if self._users:
+            self._given_up.append(fd)
+        else:
+            os.close(fd)
 
     def set_log(self, fd: int, size_bytes: int, offset: int) -> Command:
         """The dirty-page log; -1 and 0: none. The fd belongs to us from here on."""
         if self._log_fd >= 0:
-            os.close(self._log_fd)
+            self._close(self._log_fd)
         self._log_fd, self._log_bytes, self._log_offset = fd, size_bytes, offset
         return self._log()
 
     def set_log_event(self, fd: int) -> Command:
         """The eventfd that tells of news in the log; -1: none. It belongs to us from here on."""
         if self._log_event >= 0:
-            os.close(self._log_event)
+            self._close(self._log_event)
         self._log_event = fd
         return self._log()
 
@@ -72,8 +100,8 @@ class PoolMemory:
         return {"op": "log", "size_bytes": self._log_bytes, "offset": self._log_offset}, fds
 
     def commands(self) -> list[Command]:
-        """Everything, for a worker that is new."""
-        everything = list(self._map(list(self._regions)))
+        """Everything, for a worker that is new, but what a table that is not there yet will name (`coming`)."""
+        everything = list(self._map(self._table))
         if self._table:
             everything.append(self._use())
         entries = [(entry.iova, entry.size_bytes, entry.uva, entry.access) for entry in self.iotlb]
@@ -83,6 +111,10 @@ class PoolMemory:
         if self._log_fd >= 0:
             everything.append(self._log())
         return everything
+
+    def coming(self) -> list[Command]:
+        """How a worker that is new maps what the next table names. It comes behind `commands`, and may be refused."""
+        return list(self._map(self._coming))
 
     def change_translations(self, invalidate: list[tuple[int, int]], update: list[Translation]) -> Command:
         """Forget ranges, then add translations: the command that tells workers."""

@@ -23,7 +23,7 @@ from kernels.ring_record import RING
 from kernels.status import ERR_RING_ADDRESS, MISS, OK, TEXT
 from vvupipe.errors import WorkerError
 from vvupipe.memory.mapping import Mapping
-from vvupipe.workers import commands
+from vvupipe.workers import commands, inflight_position
 from vvupipe.workers.control_block import ControlBlock
 from vvupipe.workers.executor import CommandExecutor, command_socket
 from vvupipe.workers.kernel_library import KernelLibrary
@@ -97,6 +97,16 @@ class DeviceKernel(Protocol):
         uint64[m, 5], what drivers' addresses mean; memory: uint64[m, 5], the memory table (kernels.region_table).
         """
 
+    def serve_again(
+        self,
+        rings: npt.NDArray[np.void],
+        pollfds: npt.NDArray[np.void],
+        regions: Table,
+        memory: Table,
+        index: int,
+    ) -> int:
+        """Do what is to be done again in one ring, as far as there is room. Returns how many are left."""
+
     def drain(self, rings: npt.NDArray[np.void], pollfds: npt.NDArray[np.void], memory: Table) -> None:
         """Wait until no request is under way."""
 
@@ -143,10 +153,20 @@ class Worker(CommandExecutor):
             self._serve()
 
     def _serve(self) -> None:
+        self._device.serve(self._rings, self._pollfds, self._regions(), self._memory.table)
+
+    def _regions(self) -> Table:
+        """What drivers' addresses mean."""
         # Who has an IOTLB has it for every vring: the feature is the device's.
         translated = bool(np.any(self._rings["iotlb"]))
-        regions = self._memory.translations if translated else self._memory.table
-        self._device.serve(self._rings, self._pollfds, regions, self._memory.table)
+        return self._memory.translations if translated else self._memory.table
+
+    def _serve_again(self, index: int) -> None:
+        """Do what a worker that died had under way in a ring, as long as that runs."""
+        ring = self._rings[index]
+        arguments = (self._rings, self._pollfds, self._regions(), self._memory.table, index)
+        while ring["state"] == layout.VRING_RUNNING and self._device.serve_again(*arguments):
+            self._drain()
 
     def _drain(self) -> None:
         """Nobody touches guest memory, the image or the log from here on, until `_serve`."""
@@ -317,9 +337,13 @@ class Worker(CommandExecutor):
         }
 
     def _do_stop(self, fields: commands.Fields, fds: list[int]) -> commands.Fields:
+        """End serving a ring. `undone`: requests that were taken and cannot be done now, their ring being elsewhere."""
         index = int(fields["index"])
         ring = self._rings[index]
+        self._serve_again(index)
         self._drain()
+        position, undone = self._stopped_at(index)
+        ring["last_avail_idx"] = position
         if ring["state"] == layout.VRING_RUNNING:
             self._kernels.call("want_kicks", self._ring_address(index))
         self._set_state(index, layout.VRING_STOPPED)
@@ -328,7 +352,19 @@ class Worker(CommandExecutor):
         ring["iotlb"] = ring["inflight"] = ring["resubmit_count"] = ring["resubmit_next"] = 0
         if mapping := self._inflight.pop(index, None):
             mapping.close()
-        return {"last_avail_idx": int(ring["last_avail_idx"])}
+        return {"last_avail_idx": position, "undone": undone}
+
+    def _stopped_at(self, index: int) -> tuple[int, int]:
+        """(last_avail_idx, requests that wait for a translation of their ring or buffers to be done again)."""
+        ring = self._rings[index]
+        position, undone = int(ring["last_avail_idx"]), 0
+        if ring["state"] == layout.VRING_WAITING:
+            undone = int(ring["resubmit_count"] - ring["resubmit_next"])
+            if index in self._to_resume and index in self._inflight:
+                part = self._inflight[index].view
+                found = inflight_position.of(part, int(ring["size"]), packed=bool(ring["packed"]))
+                position, undone = found or (position, undone)
+        return position, undone
 
     def _do_write_through(self, fields: commands.Fields, fds: list[int]) -> None:
         """Whether writes go to the disk before they complete, for every ring from here on."""

@@ -14,7 +14,8 @@ class VringSetup:
 
     desc, avail, used: front-end user addresses, driver addresses with an IOTLB. base: where to start when neither the
     ring nor an inflight region tells. kick_fd: -1 when the ring is to be polled. inflight_fd: the file of the inflight
-    region (-1: none), in which this vring's part has `inflight_bytes` from `inflight_offset` on.
+    region (-1: none), in which this vring's part has `inflight_bytes` from `inflight_offset` on. own_inflight: that is
+    the pool's, and not the front-end's.
     """
 
     index: int
@@ -34,6 +35,7 @@ class VringSetup:
     inflight_offset: int = 0
     inflight_bytes: int = 0
     inflight_fd: int = -1
+    own_inflight: bool = False
     kick_fd: int = -1
     call: Doorbell | None = None
     err: Doorbell | None = None

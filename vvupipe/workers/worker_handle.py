@@ -44,7 +44,10 @@ class WorkerHandle:
         raise_attention: called when a command has been sent, to make the worker's kernel return to it.
         Raises: WorkerError.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise WorkerError(f"cannot start a worker process: {error.strerror}") from error
         ours.setblocking(False)
         try:
             with theirs:
@@ -80,7 +83,10 @@ class WorkerHandle:
             try:
                 commands.send(self._sock, {**fields, "id": number}, fds)
             except OSError as error:
-                raise WorkerDied(f"worker {self.pid} is gone") from error
+                if isinstance(error, ConnectionError) or self._sock.fileno() < 0:
+                    raise WorkerDied(f"worker {self.pid} is gone") from error
+                # It lives: nobody must wait for its end, which does not come.
+                raise WorkerError(f"worker {self.pid} cannot be sent {fields['op']}: {error.strerror}") from error
             self._raise_attention()
             return await self._answer(number, str(fields["op"]), timeout_s)
 

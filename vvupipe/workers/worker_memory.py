@@ -28,12 +28,15 @@ class WorkerMemory:
     def map(self, fields: commands.Fields, fds: list[int]) -> None:
         """Map regions that a later table uses: `regions` of (id, size, file offset), a file for each.
 
+        Those that are mapped already, under the same number, stay where they are: a table may name them.
+
         Raises: WorkerError, with nothing mapped.
         """
         added: dict[int, Mapping] = {}
         try:
             for (number, size_bytes, fd_offset), fd in zip(fields["regions"], fds, strict=True):
-                added[number] = Mapping(fd, size_bytes, fd_offset)
+                if number not in self._mappings:
+                    added[number] = Mapping(fd, size_bytes, fd_offset)
         except (OSError, ValueError) as error:
             for mapping in added.values():
                 mapping.close()
@@ -41,8 +44,13 @@ class WorkerMemory:
         self._mappings |= added
 
     def set_table(self, fields: commands.Fields) -> list[Mapping]:
-        """Replace the memory table: `regions` of (id, gpa, uva). Returns mappings that no row uses: close them."""
+        """Replace the memory table: `regions` of (id, gpa, uva). Returns mappings that no row uses: close them.
+
+        Raises: WorkerError when one of them is not mapped.
+        """
         rows = [(gpa, number, uva) for number, gpa, uva in fields["regions"]]
+        if lacking := {number for _, number, _ in rows} - self._mappings.keys():
+            raise WorkerError(f"{len(lacking)} regions of the memory table are not mapped")
         used = {number: self._mappings[number] for _, number, _ in rows}
         self.table = np.array(
             [

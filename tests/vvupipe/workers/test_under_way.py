@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from kernels.virtio_layout import ACCESS_BOTH
 from tests.mock.blk_batch import BlkBatch
 from tests.mock.blk_driver import FLUSH, IN, IOERR, OK, OUT
 from tests.mock.driver_ring import DriverRing
 from tests.mock.packed_ring import PackedRing
 from tests.slow_file import FSYNC, READ, WRITE, slow_file
 from tests.vvupipe.workers.pool_kit import in_scene, until
+from vvupipe.memory.iotlb import Translation
 from vvupipe.memory.region import MemoryRegion
+from vvupipe.workers import commands
 from vvupipe.workers.io_uring import available
 
 pytestmark = pytest.mark.timeout(120)
@@ -164,6 +167,110 @@ def test_stop_waits_for_what_is_under_way(slow, packed, engine):
         assert position == (batch.ring.position() if packed else len(requests))
 
     play(slow, story, engine=engine)
+
+
+async def kill_half_way(slow, scene, batch):
+    """Six reads, of which three are done when the worker dies; then the disk answers. Returns the requests."""
+    late = (63, 66, 69)
+    slow.hold = lambda operation, offset: operation == READ and offset // PAGE in late
+    requests = put_reads(batch, (3, 63, 5, 66, 7, 69))
+    batch.show()
+    done = len(batch.done)
+    await asyncio.to_thread(slow.wait_held, 1)
+    await until(lambda: batch.look() is not None and len(batch.done) == done + 3)
+    os.kill(scene.pool.pids()[0], signal.SIGKILL)
+    await asyncio.sleep(0.05)
+    slow.release()
+    return requests
+
+
+def position_of(batch, packed):
+    return batch.ring.position() if packed else len(batch.done)
+
+
+@needs_io_uring
+def test_stopped_as_soon_as_its_worker_is_replaced(slow, packed, monkeypatch):
+    """What the dead worker had under way is done before the vring stops."""
+    content = bytes(slow.data)
+
+    def send(sock, fields, fds=(), send=commands.send):
+        send(sock, fields, fds)
+        if fields["op"] == "start":  # the new worker finds it before it serves
+            send(sock, {"op": "stop", "index": fields["index"], "id": 0})
+
+    async def story(scene):
+        batch = await start(scene, packed)
+        monkeypatch.setattr(commands, "send", send)
+        requests = await kill_half_way(slow, scene, batch)
+        position = await scene.pool.stop_vring(0)
+        batch.look()
+        check_reads(requests, content)
+        assert position == position_of(batch, packed)
+
+    play(slow, story, engine="uring", num_vrings=1)
+
+
+@needs_io_uring
+@pytest.mark.parametrize("known", ["nothing", "the ring"])
+def test_stopped_while_what_is_to_be_done_again_waits_for_a_translation(slow, packed, known):
+    """It tells where it really is, and does them when it starts there again."""
+    content = bytes(slow.data)
+
+    async def story(scene):
+        await scene.give_memory()
+        ring = (PackedRing if packed else DriverRing)(scene.memory, 256)
+        ((_, size, uva, _, _),) = scene.memory.regions
+        of_ring = Translation(0, scene.memory.allocate(1), uva, ACCESS_BOTH)
+        of_all = Translation(0, size, uva, ACCESS_BOTH)
+        options = {"packed": packed, "iotlb": True}
+        options |= {f"{part}_uva": getattr(ring, part) for part in ("desc", "avail", "used")}
+        await scene.pool.change_translations(update=[of_all])
+        base = PackedRing.START if packed else 0
+        await scene.pool.start_vring(scene.setup(0, ring, base=base, **options))
+        batch = BlkBatch(ring)
+        # As with an invalidation that comes while the worker dies: the new one has no translations.
+        scene.pool._memory.iotlb.clear()
+        if known == "the ring":
+            scene.pool._memory.iotlb.update(of_ring)
+        requests = await kill_half_way(slow, scene, batch)
+        await until(scene.pool.waiting)
+        position = await scene.pool.stop_vring(0)
+        assert position == (ring.position() if packed else 6)
+        assert len(batch.under_way) == 3
+        await scene.pool.change_translations(update=[of_all])
+        started = await scene.pool.start_vring(scene.setup(0, ring, base=position, **options))
+        assert (started.last_avail_idx, started.again) == (position, 3)
+        await wait(batch)
+        check_reads(requests, content)
+        assert await scene.pool.stop_vring(0) == position_of(batch, packed)
+        assert not batch.look()
+
+    play(slow, story, engine="uring", num_vrings=1)
+
+
+@needs_io_uring
+def test_what_was_left_undone_is_forgotten_when_another_ring_starts(slow):
+    """A driver that begins anew gets no answers to what it asked before."""
+
+    async def story(scene):
+        await scene.give_memory()
+        ring = DriverRing(scene.memory, 256)
+        ((_, size, uva, _, _),) = scene.memory.regions
+        of_all = Translation(0, size, uva, ACCESS_BOTH)
+        options = {"iotlb": True} | {f"{part}_uva": getattr(ring, part) for part in ("desc", "avail", "used")}
+        await scene.pool.change_translations(update=[of_all])
+        await scene.pool.start_vring(scene.setup(0, ring, **options))
+        scene.pool._memory.iotlb.clear()
+        await kill_half_way(slow, scene, BlkBatch(ring))
+        await until(scene.pool.waiting)
+        await scene.pool.stop_vring(0)
+        await scene.pool.change_translations(update=[of_all])
+        scene.memory.pack("<HH", ring.avail, 0, 0)
+        scene.memory.pack("<HH", ring.used, 0, 0)
+        started = await scene.pool.start_vring(scene.setup(0, ring, **options))
+        assert (started.last_avail_idx, started.again) == (0, 0)
+
+    play(slow, story, engine="uring", num_vrings=1)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

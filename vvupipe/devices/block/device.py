@@ -62,6 +62,7 @@ class BlockDevice:
         self._cache = cache
         self._engine = engine or choose(Engine.AUTO, image)
         self._writeback = cache != CacheMode.WRITETHROUGH
+        self._unsynced = False  # the cache was turned off, and it is not known that what it had is on the disk
         self._discard = sparse and image.limits.discard
         self._unmap = sparse and image.limits.write_zeroes_unmap
         self._write_zeroes = not image.read_only
@@ -129,7 +130,8 @@ class BlockDevice:
     async def set_config(self, offset: int, data: bytes, features: int, *, migration: bool) -> None:
         """`writeback` can be written where CONFIG_WCE was negotiated (virtio 1.2, 5.2.5.2), and by a migration.
 
-        A migration brings the whole space: what is not writable must be as it is. Raises: ProtocolError.
+        A migration brings the whole space: what is not writable must be as it is.
+        Raises: ProtocolError; OSError when the cache is to be off and what is in it cannot be written.
         """
         space = self.config_space()
         if migration and offset <= WRITEBACK_OFFSET < offset + len(data):
@@ -145,14 +147,24 @@ class BlockDevice:
         await self._set_writeback(bool(value), features)
 
     async def _set_writeback(self, on: bool, features: int) -> None:
-        if on == self._writeback:
+        if on == self._writeback and not self._unsynced:
             return
         self._writeback = on
+        self._unsynced = not on and self._cache != CacheMode.UNSAFE and not self.image.read_only
         await self.pool.set_write_through(self.write_through(features))
-        if not on and self._cache != CacheMode.UNSAFE and not self.image.read_only:
-            # What completed before is on the disk as well when the driver hears of the change.
-            await asyncio.get_running_loop().run_in_executor(None, os.fdatasync, self.image.fd)
+        if self._unsynced:
+            await self._sync()
+            self._unsynced = False
         log.info("the write cache is %s", "on" if on else "off")
+
+    async def _sync(self) -> None:
+        """What completed before is on the disk as well when the driver hears that the cache is off. Raises: OSError."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, os.fdatasync, self.image.fd)
+        except OSError as error:
+            # The cache stays off, so that the driver's next writes are safe, and the next attempt syncs again.
+            reason = f"what the write cache had is not on the disk: {error.strerror}"
+            raise OSError(error.errno, reason) from error
 
     def write_through(self, features: int) -> bool:
         """A driver that cannot flush must find every completed write on the disk (virtio 1.2, 5.2.5.2)."""
@@ -163,6 +175,7 @@ class BlockDevice:
     def reset(self) -> None:
         """The cache mode of the command line."""
         self._writeback = self._cache != CacheMode.WRITETHROUGH
+        self._unsynced = False
 
     def save_state(self) -> bytes:
         """The cache mode is all that a driver can change."""

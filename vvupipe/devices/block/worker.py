@@ -201,15 +201,21 @@ class BlockKernel:
             parts[name] = self._loop[name]
 
     def _call(
-        self, entry: str, rings: npt.NDArray[np.void], pollfds: npt.NDArray[np.void], regions: Table, memory: Table
-    ) -> None:
+        self,
+        entry: str,
+        rings: npt.NDArray[np.void],
+        pollfds: npt.NDArray[np.void],
+        regions: Table,
+        memory: Table,
+        *words: int,
+    ) -> int:
         parts = self._parts
         for name, array in (("rings", rings), ("pollfds", pollfds), ("regions", regions), ("memory", memory)):
             parts[name] = array.ctypes.data
             parts[f"num_{name}"] = len(array)
         parts["buffers"] = self._buffers.ctypes.data
         parts["num_buffers"] = len(self._buffers)
-        self._kernels.call(entry, parts.ctypes.data)
+        return self._kernels.call(entry, parts.ctypes.data, *words)
 
     def use_memory(self, memory: Table) -> None:
         """Register it with io_uring, if that was asked for: else requests pin what they need, each by itself."""
@@ -231,6 +237,17 @@ class BlockKernel:
     ) -> None:
         """Run kernels.blk_worker.serve on the image."""
         self._call("serve", rings, pollfds, regions, memory)
+
+    def serve_again(
+        self,
+        rings: npt.NDArray[np.void],
+        pollfds: npt.NDArray[np.void],
+        regions: Table,
+        memory: Table,
+        index: int,
+    ) -> int:
+        """Run kernels.blk_entries.serve_again."""
+        return self._call("serve_again", rings, pollfds, regions, memory, index)
 
     def drain(self, rings: npt.NDArray[np.void], pollfds: npt.NDArray[np.void], memory: Table) -> None:
         """Run kernels.blk_worker.drain."""
