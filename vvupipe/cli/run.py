@@ -188,19 +188,9 @@ def _refuse(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
             raise UserError(f"{option} {why}")
 
 
-_WORK = (
-    "workload",
-    "bs",
-    "iodepth",
-    "runtime",
-    "size",
-    "numjobs",
-    "rwmixread",
-    "spin_us",
-    "copy_out",
-    "copy_in",
-    "sha256",
-)
+_OF_WORKLOAD = ("bs", "iodepth", "runtime", "size", "numjobs", "rwmixread")
+_MIXED = ("randrw", "rw")
+_WORK = ("workload", *_OF_WORKLOAD, "spin_us", "copy_out", "copy_in", "sha256")
 _MACHINE = ("initrd", "params", "accel", "qemu", "blocks", "shared_dirs", "serial")
 _REAL = (*_MACHINE, "carrier")
 
@@ -270,6 +260,10 @@ def _run_sibling(options: dict[str, Any]) -> int:
     from vvupipe.vm.sibling import SiblingOptions, run_sibling
 
     _refuse(options, _REAL, "goes with a KERNEL")
+    if options["workload"] is None:
+        _refuse(options, _OF_WORKLOAD, "goes with --workload")
+    elif options["workload"] not in _MIXED:
+        _refuse(options, ("rwmixread",), f"goes with --workload {' or '.join(_MIXED)}")
     return asyncio.run(
         run_sibling(
             SiblingOptions(

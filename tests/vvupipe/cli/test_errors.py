@@ -158,6 +158,22 @@ def test_workload_options_need_sense(vvupipe, tmp_path):
     assert_refused(vvupipe("run", "--vhost-user-blk", "s", "--bs", "4x"), "not a size")
 
 
+@pytest.mark.parametrize("option", ["bs", "iodepth", "runtime", "size", "numjobs", "rwmixread"])
+def test_options_of_a_workload_go_with_one(vvupipe, option):
+    assert_refused(vvupipe("run", "--vhost-user-blk", "s", f"--{option}", 4), f"--{option} goes with --workload")
+
+
+@pytest.mark.parametrize("workload", ["read", "randwrite", "verify"])
+def test_a_share_of_reads_goes_with_a_mixed_workload(vvupipe, workload):
+    finished = vvupipe("run", "--vhost-user-blk", "s", "--workload", workload, "--rwmixread", 70)
+    assert_refused(finished, "--rwmixread goes with --workload randrw or rw")
+
+
+@pytest.mark.parametrize(("option", "value"), [("size", 0), ("runtime", 0), ("rwmixread", 101)])
+def test_numbers_of_a_workload(vvupipe, option, value):
+    assert_refused(vvupipe("run", "--vhost-user-blk", "s", "--workload", "randrw", f"--{option}", value), option)
+
+
 def test_help_is_quick_and_names_the_commands(vvupipe):
     finished = vvupipe("--help")
     assert finished.returncode == 0
