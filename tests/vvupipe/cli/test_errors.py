@@ -141,6 +141,21 @@ def test_vvu_proxy_option(vvupipe, option):
     assert_refused(vvupipe("run", "--vvu-proxy", option))
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--vhost-user-blk", "s,num-queues=2", "num-queues is for a VM with a KERNEL"),
+        ("--vhost-user-blk", "s,queues=2", "'queues=2' cannot be: use the path alone"),
+        ("--vvu-proxy", "s,shared-memory=1G", "shared-memory is for a VM with a KERNEL"),
+        ("--vvu-proxy", "s,foo=1", "'foo=1' cannot be: use addr=VALUE or uuid=VALUE, each once"),
+    ],
+)
+def test_what_follows_a_socket_is_told_whole(vvupipe, option, value, says):
+    finished = vvupipe("run", option, value)
+    assert_refused(finished, says)
+    assert finished.stderr.rstrip().endswith(says)
+
+
 def test_vm_without_a_purpose(vvupipe):
     assert_refused(vvupipe("run"), "--vvu-proxy", "--vhost-user-blk")
 
