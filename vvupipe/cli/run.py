@@ -188,7 +188,12 @@ def _words(keys: tuple[str, ...]) -> str:
 
 
 def _cpu_list(text: str | None) -> list[int] | None:
-    return None if text is None else check_cpus(CPU_LIST.convert(text, None, None))
+    """Of --cpus where it is no number of vCPUs. Raises: click.BadParameter, UserError."""
+    if text is None:
+        return None
+    context = click.get_current_context()
+    option = next(param for param in context.command.params if param.name == "cpus")
+    return check_cpus(CPU_LIST.convert(text, option, context))
 
 
 def _refuse(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:

@@ -82,9 +82,21 @@ def test_engine_that_does_not_go_with_sqpoll(vvupipe, image):
     assert_refused(finished, "--sqpoll")
 
 
-@pytest.mark.parametrize("cpus", ["x", "0-", "4095"])
+@pytest.mark.parametrize("cpus", ["x", "0-", "4095", "1-0", "0,0"])
 def test_cpus(vvupipe, image, cpus):
     assert_refused(vvupipe("device", "block", "--file", image, "--socket", "s", "--cpus", cpus), "CPU")
+
+
+@pytest.mark.parametrize("vm", ["--vhost-user-blk", "--vvu-proxy"])
+@pytest.mark.parametrize("cpus", ["x", "0,0", "4095"])
+def test_cpus_of_a_vm(vvupipe, vm, cpus):
+    finished = vvupipe("run", vm, "s", "--cpus", cpus)
+    assert_refused(finished, "CPU 4095 cannot be used" if cpus == "4095" else "'--cpus'")
+
+
+@pytest.mark.parametrize(("mem", "says"), [(15, "16"), (999_999_999, "--mem 999999999: use at most 1048576 MiB")])
+def test_memory_of_a_sibling(vvupipe, mem, says):
+    assert_refused(vvupipe("run", "--vhost-user-blk", "s", "--mem", mem), says)
 
 
 def test_socket_in_use(vvupipe, image, tmp_path):
