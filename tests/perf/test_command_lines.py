@@ -1,5 +1,6 @@
 """Bad input to the programs of perf/: one line, exit status 2, no folder of results."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from perf import machine
+from perf import flame_graph, live_view, machine
+from perf.backends import Backend
+from vvupipe.errors import UserError
 
 pytestmark = pytest.mark.timeout(90)
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +92,16 @@ def test_growth(arguments, says):
 @pytest.mark.parametrize(
     ("program", "arguments", "says"),
     [
+        ("live_view", ["--interval", -1], "above 0"),
+        ("live_view", [1, "--interval", 0], "above 0"),
+        ("live_view", ["--count", -1], "from 0 on"),
+        ("live_view", [0], "process 0 is no back-end"),
+        ("stages", [1, "--interval", -1], "above 0"),
+        ("stages", ["x"], "invalid int value"),
+        ("flame_graph", [1], "process 1 is no back-end"),
+        ("flame_graph", [1 << 30], f"process {1 << 30} is no back-end"),
+        ("flame_graph", [1, "--seconds", -1], "above 0"),
+        ("flame_graph", [1, "--hertz", 0], "from 1 on"),
         ("report", ["/nonexistent"], "/nonexistent/results.jsonl: No such file"),
         ("report", [], "folder"),
         ("guest_fio", ["--seconds", 0], "above 0"),
@@ -107,3 +120,36 @@ def test_other_programs(program, arguments, says):
 def test_results_that_are_none(tmp_path, program, arguments, content, says):
     (tmp_path / "results.jsonl").write_text(content)
     assert_refused(program, [*arguments, tmp_path], says)
+
+
+@pytest.fixture(scope="module")
+def back_end(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    image = folder / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    with Backend("vvupipe", "socket", None).start(folder / "back-end", image, 0) as running:
+        yield running.pids[0]
+
+
+def test_a_flame_graph_with_nowhere_to_go(back_end):
+    assert_refused("flame_graph", [back_end, "--output", "/proc/nope"], "--output /proc/nope: No such file")
+
+
+def test_who_is_above_a_back_end_is_none(back_end):
+    """The process that started it is not meant, nor the first process of all."""
+    with pytest.raises(UserError, match=f"process {os.getpid()} is no back-end"):
+        flame_graph.worker_of(os.getpid())
+
+
+def test_a_worker_stands_for_its_back_end(back_end):
+    worker = flame_graph.worker_of(back_end)
+    assert worker != back_end
+    assert flame_graph.worker_of(worker) == worker
+    assert live_view.back_end_of(worker) == live_view.back_end_of(back_end) == back_end
+    looking = live_view.Watched.of(back_end)
+    assert looking
+    assert live_view.back_end_of(os.getpid()) is None, "who looks at a back-end is none"
+    assert [each.pid for each in live_view.back_ends(os.getpid())] == []
+    assert back_end in [each.pid for each in live_view.back_ends(None)]
+    done = run("live_view", worker, "--json", "--count", 1, "--interval", 0.1)
+    assert json.loads(done.stdout)["pid"] == back_end
