@@ -22,11 +22,12 @@ from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from perf import backends, cases, front_end, idle, machine, memcpy_limit, report
+from perf import backends, cases, command_line, front_end, idle, machine, memcpy_limit, report
 from perf.backends import Backend, Running
 from perf.cases import Case, Place
 from perf.processes import Unavailable
 from perf.summary import MEMCPY, MEMCPY_AHEAD
+from vvupipe.errors import UserError
 
 _MEMCPY_WORKLOADS = ("randread", "randwrite", "read", "write")
 _MEMCPY_DEPTH = 32
@@ -91,7 +92,11 @@ class Comparison:
         case = Case("page-cache", "randread", 4096, 32)
         for number, backend in enumerate(chosen):
             if backend.family == "vvupipe":
-                with backend.start(folder / f"warm-{number}", image, self.back_cpu) as running:
+                # One that cannot start is told of where it is left out.
+                with (
+                    contextlib.suppress(Unavailable),
+                    backend.start(folder / f"warm-{number}", image, self.back_cpu) as running,
+                ):
                     front_end.measure(case, running.socket, running.pids, 0.1, self.front_cpu)
 
     def _idle(self, folder: Path, image: Path, chosen: Sequence[Backend]) -> None:
@@ -121,6 +126,8 @@ class Comparison:
                 except Unavailable as error:
                     say(f"{place.name}: {backend.name} is left out: {error}")
                     self.write("skipped", place=place.name, backend=backend.name, why=str(error))
+            if not started:
+                return  # the limit of the machine alone is no comparison
             for round_number in range(self.options.rounds):
                 for case_number, case in enumerate(wanted):
                     self._limit(place, image, case, round_number)
@@ -153,9 +160,9 @@ class Comparison:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. --quick fills in what was not said."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, help="[default: 5; quick: 1]")
-    parser.add_argument("--seconds", type=float, help="for each measurement  [default: 1; quick: 0.5]")
+    parser = command_line.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=command_line.whole_from(1), help="[default: 5; quick: 1]")
+    parser.add_argument("--seconds", type=command_line.above_0, help="for each measurement  [default: 1; quick: 0.5]")
     parser.add_argument("--quick", action="store_true", help="only the cases that have targets, in the page cache")
     parser.add_argument(
         "--only", action="append", default=[], metavar="PATTERN", help="cases, as 4k-randread-d* or tmpfs/*"
@@ -169,11 +176,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--engines", default=",".join(backends.ENGINES), help="vvupipe's engines  [default: %(default)s]"
     )
-    parser.add_argument("--size", type=int, default=512, metavar="MiB", help="of the image  [default: 512]")
     parser.add_argument(
-        "--folder", type=Path, default=machine.RESULTS.parent, help="where images of page-cache and direct lie"
+        "--size", type=command_line.whole_from(16), default=512, metavar="MiB", help="of the image  [default: 512]"
     )
-    parser.add_argument("--idle", type=float, help="seconds to watch idle back-ends, 0: not  [default: 5; quick: 2]")
+    parser.add_argument(
+        "--folder",
+        type=command_line.folder,
+        default=machine.RESULTS.parent,
+        help="where images of page-cache and direct lie",
+    )
+    parser.add_argument(
+        "--idle", type=command_line.not_below_0, help="seconds to watch idle back-ends, 0: not  [default: 5; quick: 2]"
+    )
     parser.add_argument("--list", action="store_true", help="print the cases and back-ends, and end")
     options = parser.parse_args(arguments)
     quick = options.quick
@@ -186,21 +200,41 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.rounds < 1 or options.seconds <= 0 or options.size < 16:
-        parser.error("use at least one round, a time above 0 and an image of 16 MiB")
     return options
+
+
+def choose(options: argparse.Namespace) -> list[Backend]:
+    """The back-ends that were asked for. Raises: UserError when they, or the cases, are none or cannot be."""
+    engines = options.engines.split(",")
+    for engine in engines:
+        if engine not in backends.ENGINES:
+            raise UserError(f"--engines {options.engines}: '{engine}' is not one of {', '.join(backends.ENGINES)}")
+    every = [case for place in options.place for case in cases.matrix(place)]
+    if options.quick:
+        every = [case for place in options.place for case in cases.quick(place)]
+    for pattern in options.only:
+        if not cases.select(every, [pattern]):
+            raise UserError(f"--only {pattern}: no case has such a name: --list prints all")
+    chosen = backends.known(engines)
+    for text in options.backend:
+        if not any(each.name.startswith(text) for each in chosen):
+            raise UserError(f"--backend {text}: no back-end's name begins so: --list prints all")
+    if options.backend:
+        chosen = [each for each in chosen if any(each.name.startswith(text) for text in options.backend)]
+    directs = {place.direct for place in cases.places(options.folder) if place.name in options.place}
+    if not any(backends.can_serve(each, direct=direct) for each in chosen for direct in directs):
+        names = " and ".join(each.name for each in chosen)
+        raise UserError(f"{names} cannot serve with --place {' or '.join(options.place)}: choose others")
+    return chosen
 
 
 def main() -> int:
     """Run the comparison. Returns the exit status."""
     options = parse()
+    chosen = choose(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if len(os.sched_getaffinity(0)) < 2:
-        print("a comparison needs two CPUs: one for the back-end, one for the front-end", file=sys.stderr)
-        return 2
-    chosen = backends.known(options.engines.split(","))
-    if options.backend:
-        chosen = [each for each in chosen if any(each.name.startswith(text) for text in options.backend)]
+        raise UserError("a comparison needs two CPUs: one for the back-end, one for the front-end")
     if options.list:
         for place in options.place:
             every = cases.quick(place) if options.quick else cases.matrix(place)
@@ -222,4 +256,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run("compare", main)

@@ -22,7 +22,9 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from perf import flame_svg, jit_symbols, machine
+from perf import command_line, flame_svg, jit_symbols, machine
+from perf.live_view import back_end_of
+from vvupipe.errors import UserError
 
 Stacks = collections.Counter[tuple[str, ...]]
 _STACK_BYTES = 8192
@@ -35,15 +37,17 @@ class CannotSample(Exception):
 
 
 def worker_of(pid: int) -> int:
-    """`pid` itself if it is a worker, else the first worker below it. Raises: SystemExit."""
+    """`pid` itself if it is a worker, else the first worker of the back-end that it is. Raises: UserError."""
     try:
+        if back_end_of(pid) is None:
+            raise UserError(f"process {pid} is no back-end and no worker of one, or it belongs to another user")
         process = psutil.Process(pid)
         for each in (process, *process.children(recursive=True)):
             if any(".worker" in word for word in each.cmdline()):
                 return int(each.pid)
-    except psutil.NoSuchProcess:
-        sys.exit(f"no process {pid}")
-    sys.exit(f"process {pid} is no worker and has none")
+    except psutil.Error as error:
+        raise UserError(f"process {pid} has ended, or it belongs to another user") from error
+    raise UserError(f"process {pid} has no worker")
 
 
 def write_map(pid: int) -> Path:
@@ -134,10 +138,15 @@ def trimmed(stacks: Stacks) -> Stacks:
 
 def main() -> int:
     """Sample and write. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("pid", type=int, help="a worker, or a back-end")
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--hertz", type=int, default=999, help="samples a second  [default: 999; gdb manages about 1]")
+    parser.add_argument("--seconds", type=command_line.above_0, default=5.0)
+    parser.add_argument(
+        "--hertz",
+        type=command_line.whole_from(1),
+        default=999,
+        help="samples a second  [default: 999; gdb manages about 1]",
+    )
     parser.add_argument("--with", dest="way", choices=["auto", "perf", "gdb"], default="auto")
     parser.add_argument(
         "--call-graph", choices=["fp", "dwarf"], default="dwarf",
@@ -146,16 +155,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="[default: a new one in perf/results/]")
     options = parser.parse_args()
     pid = worker_of(options.pid)
-    folder = options.output or machine.new_folder("flame")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _output_folder(options.output)
     perf_map = None
     try:
         perf_map = write_map(pid)
         stacks = _sample(pid, options, folder)
     except (CannotSample, jit_symbols.NoJit, PermissionError) as error:
         hint = " (try as root)" if isinstance(error, PermissionError) and os.getuid() else ""
-        print(f"flame_graph: {error}{hint}", file=sys.stderr)
-        return 2
+        raise UserError(f"{error}{hint}") from error
     finally:
         if perf_map:
             perf_map.unlink(missing_ok=True)
@@ -177,6 +184,19 @@ def main() -> int:
     return 0
 
 
+def _output_folder(wanted: Path | None) -> Path:
+    """`wanted`, made if need be, or a new one. Raises: UserError."""
+    if wanted is None:
+        return machine.new_folder("flame")
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {wanted}: {error.strerror}") from error
+    if not os.access(wanted, os.W_OK | os.X_OK):
+        raise UserError(f"--output {wanted}: this folder cannot be written to")
+    return wanted
+
+
 def _sample(pid: int, options: argparse.Namespace, folder: Path) -> Stacks:
     if options.way != "gdb":
         try:
@@ -189,4 +209,4 @@ def _sample(pid: int, options: argparse.Namespace, folder: Path) -> Stacks:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run("flame_graph", main)

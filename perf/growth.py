@@ -23,9 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from perf import backends, cases, growth_front_end, machine, report
+from perf import backends, cases, command_line, growth_front_end, machine, report
 from perf.backends import Backend
 from perf.growth_front_end import BLOCK_BYTES, Point
+from vvupipe.errors import UserError
 
 QUEUES = (1, 2, 4, 8, 16, 32, 64)
 REGIONS = (1, 2, 4, 8, 32, 128, 500)
@@ -157,10 +158,8 @@ def medians(records: Sequence[dict[str, Any]], curve: str, depth: int) -> list[t
 
 
 def write_report(folder: Path) -> Path:
-    """report.md and growth.png from results.jsonl."""
-    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    if not records:
-        raise SystemExit(f"nothing was measured in {folder}")
+    """report.md and growth.png from results.jsonl. Raises: UserError when it is missing or another program's."""
+    records = command_line.results_of(folder, key="curve")
     first = records[0]
     about = f"{first['backend']}, vvupipe {first['commit']}, {first['cpu']}, Linux {first['kernel']}, {first['time']}"
     parts = ["# What a request costs as things grow", about]
@@ -187,13 +186,17 @@ def write_report(folder: Path) -> Path:
 
 def main() -> int:
     """Run it. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each point  [default: 0.5]")
-    parser.add_argument("--uptime", type=int, default=20, metavar="N", help="points of the uptime curve")
+    parser = command_line.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=command_line.whole_from(1), default=3)
+    parser.add_argument("--seconds", type=command_line.above_0, default=0.5, help="for each point  [default: 0.5]")
+    parser.add_argument(
+        "--uptime", type=command_line.whole_from(1), default=20, metavar="N", help="points of the uptime curve"
+    )
     parser.add_argument("--curve", action="append", choices=["queues", "regions", "image", "uptime"])
     parser.add_argument("--backend", default="vvupipe socket", help="as perf/compare.py --list names them")
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where the images lie  [default: tmpfs]")
+    parser.add_argument(
+        "--folder", type=command_line.folder, default=Path("/dev/shm"), help="where the images lie  [default: tmpfs]"
+    )
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only make the report of these results anew")
     options = parser.parse_args()
     if options.report:
@@ -203,8 +206,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     chosen = [each for each in backends.known() if each.name.startswith(options.backend)]
     if not chosen:
-        print(f"no back-end {options.backend}; perf/compare.py --list names them", file=sys.stderr)
-        return 2
+        raise UserError(f"--backend {options.backend}: no back-end's name begins so: perf/compare.py --list prints all")
     folder = machine.new_folder("growth")
     with (
         tempfile.TemporaryDirectory(prefix="vvupipe-perf-", dir=options.folder) as place,
@@ -216,4 +218,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run("growth", main)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import build_initramfs
 
-from perf import backends, cases, machine
+from perf import backends, cases, command_line, machine
 from perf.backends import Backend
 from perf.plain import count, table
 from perf.processes import Unavailable
@@ -170,12 +170,16 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Run it and print a table. Returns the exit status."""
-    parser = argparse.ArgumentParser(description="fio in a QEMU guest, on disks of several back-ends.")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each run of fio  [default: 2]")
+    parser = command_line.Parser(description="fio in a QEMU guest, on disks of several back-ends.")
+    parser.add_argument("--rounds", type=command_line.whole_from(1), default=3)
+    parser.add_argument("--seconds", type=command_line.above_0, default=2.0, help="for each run of fio  [default: 2]")
     parser.add_argument("--job", action="append", choices=list(JOBS), help="(repeat)  [default: all]")
-    parser.add_argument("--size", type=int, default=256, metavar="MiB", help="of the image  [default: 256]")
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where the image lies  [default: tmpfs]")
+    parser.add_argument(
+        "--size", type=command_line.whole_from(16), default=256, metavar="MiB", help="of the image  [default: 256]"
+    )
+    parser.add_argument(
+        "--folder", type=command_line.folder, default=Path("/dev/shm"), help="where the image lies  [default: tmpfs]"
+    )
     parser.add_argument(
         "--backend", action="append", help="as perf/compare.py --list names them  [default: vvupipe's, qsd io_uring]"
     )

@@ -7,7 +7,7 @@ docs/profiling.md says how to read it.
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
 import os
 import re
@@ -23,7 +23,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels import control_block as layout
+from perf import command_line
 from perf.plain import count, table
+from vvupipe.errors import UserError
 from vvupipe.workers.control_block import ControlBlock
 
 _STATES = {
@@ -59,6 +61,36 @@ _COLUMNS = (
 )
 
 
+def _block_fds(pid: int) -> dict[Path, str]:
+    """What may be fds of a control block, each with the name of its memory. Raises: OSError."""
+    found = {}
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed by now
+            name = os.readlink(path)
+            if _BLOCK.match(name):
+                found[path] = name
+    return found
+
+
+def _made_blocks(pid: int) -> set[str]:
+    """The control blocks that `pid` made itself, as a back-end does; others only look at them. Raises: OSError."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    numbers = re.search(r"^NSpid:(.*)$", status, re.MULTILINE)
+    own = numbers[1].split()[-1] if numbers else str(pid)  # its number where it runs, which may be a container
+    return {name for name in _block_fds(pid).values() if name.startswith(f"/dev/shm/vvupipe-{own}-")}
+
+
+def back_end_of(pid: int) -> int | None:
+    """`pid` if it is a back-end, the back-end that it is a worker of, or None."""
+    try:
+        if _made_blocks(pid):
+            return pid
+        parent = psutil.Process(pid).ppid()
+        return parent if _made_blocks(parent) & set(_block_fds(pid).values()) else None
+    except (OSError, psutil.Error):
+        return None
+
+
 @dataclass
 class Watched:
     """One back-end: its control block and what was read of it last."""
@@ -69,11 +101,9 @@ class Watched:
 
     @classmethod
     def of(cls, pid: int) -> Watched | None:
-        """None when process `pid` is no back-end, or not for us to look at."""
+        """None when process `pid` is no back-end and no worker of one, or not for us to look at."""
         try:
-            for path in Path(f"/proc/{pid}/fd").iterdir():
-                if not _BLOCK.match(os.readlink(path)):
-                    continue
+            for path in _block_fds(pid):
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
                 try:
                     return cls(pid, ControlBlock.attach(fd))
@@ -145,27 +175,28 @@ def text(view: dict[str, Any]) -> str:
 
 
 def back_ends(pid: int | None) -> Iterator[Watched]:
-    """Process `pid`, or all there are."""
-    for each in psutil.pids() if pid is None else [pid]:
-        if each != os.getpid() and (watched := Watched.of(each)):
+    """Process `pid`, or the back-end that it is a worker of; None: all there are."""
+    for each in psutil.pids() if pid is None else [back_end_of(pid)]:
+        if each is not None and back_end_of(each) == each and (watched := Watched.of(each)):
             yield watched
 
 
 def main() -> int:
     """Show until interrupted. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pid", type=int, nargs="?", help="of `vvupipe device block`  [default: all]")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS")
-    parser.add_argument("--count", type=int, default=0, metavar="N", help="views, 0: until interrupted")
+    parser = command_line.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "pid", type=int, nargs="?", help="of `vvupipe device block`, or of one of its workers  [default: all]"
+    )
+    parser.add_argument("--interval", type=command_line.above_0, default=1.0, metavar="SECONDS")
+    parser.add_argument(
+        "--count", type=command_line.whole_from(0), default=0, metavar="N", help="views, 0: until interrupted"
+    )
     parser.add_argument("--json", action="store_true", help="a JSON line for each view of a back-end")
     options = parser.parse_args()
-    # Workers have the block as well: the one that is nobody's child here is the back-end itself.
-    found = {watched.pid: watched for watched in back_ends(options.pid)}
-    watched = [each for each in found.values() if psutil.Process(each.pid).ppid() not in found]
+    watched = list(back_ends(options.pid))
     if not watched:
-        whom = f"process {options.pid} is no back-end" if options.pid else "no back-end runs"
-        print(f"live_view: {whom}, or it belongs to another user", file=sys.stderr)
-        return 2
+        whom = "no back-end runs" if options.pid is None else f"process {options.pid} is no back-end"
+        raise UserError(f"{whom}, or it belongs to another user")
     shown = 0
     try:
         while watched and (not options.count or shown <= options.count):
@@ -190,4 +221,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run("live_view", main)

@@ -8,7 +8,6 @@ virtualization all guest code is emulated, which dominates both; the ratio is wh
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -19,10 +18,12 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import build_initramfs  # noqa: E402
 import real_demo  # noqa: E402
+
+from perf import command_line  # noqa: E402
 
 #: name: (dd's arguments for a disk, bytes)
 WORKLOADS = {
@@ -87,8 +88,8 @@ def run(folder: Path, rounds: int, image_mib: int, qemu: str | None) -> dict[str
 
 def main() -> int:
     """Run it and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = command_line.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=command_line.whole_from(1), default=5)
     parser.add_argument("--qemu", help="QEMU for the device VM  [default: qemu-system-x86_64]")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     options = parser.parse_args()
@@ -109,4 +110,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run("real_guest", main)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,12 +10,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from perf import command_line
 from perf.summary import Results, goals
+from vvupipe.errors import UserError
 
 
 def load(folder: Path) -> Results:
-    """The results in a folder."""
-    return Results(json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines())
+    """The results in a folder. Raises: UserError when there are none, or another program's."""
+    return Results(command_line.results_of(folder, key="kind"))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -102,8 +103,6 @@ def _latency(record: dict, key: str) -> float:  # type: ignore[type-arg]
 def write(folder: Path) -> Path:
     """Write report.md and its plots beside results.jsonl; returns its path."""
     results = load(folder)
-    if not results.records:
-        raise SystemExit(f"nothing was measured in {folder}")
     parts = ["# Block back-ends compared", _about(results)]
     parts += [
         "## Targets",
@@ -135,7 +134,17 @@ def _plots(results: Results, folder: Path) -> list[str]:
     return ["## Plots", *(f"![{path.stem}]({path.name})" for path in plots.all_of(results, folder))]
 
 
+def main() -> int:
+    """Write a report anew. Returns the exit status."""
+    parser = command_line.Parser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="one of perf/results/compare-*")
+    folder = parser.parse_args().folder
+    try:
+        print(write(folder))
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror}") from error
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: perf/report.py FOLDER   (one of perf/results/)")
-    print(write(Path(sys.argv[1])))
+    command_line.run("report", main)

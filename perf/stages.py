@@ -7,7 +7,6 @@ anew the first time, for they have code that others lack). docs/profiling.md say
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -19,8 +18,10 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels.stage_layout import SLEEP, STAGES, STAGES_ENV, TAKE
+from perf import command_line
 from perf.live_view import Watched
 from perf.plain import count
+from vvupipe.errors import UserError
 
 _BAR = 30
 
@@ -97,21 +98,16 @@ def _line(stage: str, cycles: str, ns: str, share: str, laps: str, bar: str) -> 
 
 def main() -> int:
     """Watch for an interval and print. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("pid", type=int, help="of `vvupipe device block`, or of one of its workers")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS")
+    parser.add_argument("--interval", type=command_line.above_0, default=1.0, metavar="SECONDS")
     parser.add_argument("--json", action="store_true", help="a JSON line instead of tables")
     options = parser.parse_args()
     watched = Watched.of(options.pid)
     if watched is None:
-        print(f"stages: process {options.pid} is no back-end, or it belongs to another user", file=sys.stderr)
-        return 2
+        raise UserError(f"process {options.pid} is no back-end, or it belongs to another user")
     if not len(watched.block.stages):
-        print(
-            f"stages: process {options.pid} does not count stages: start it with {STAGES_ENV}=1 in its environment",
-            file=sys.stderr,
-        )
-        return 2
+        raise UserError(f"process {options.pid} does not count stages: start it with {STAGES_ENV}=1 in its environment")
     try:
         before = read(watched)
         time.sleep(options.interval)
@@ -133,4 +129,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run("stages", main)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 _SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
+_CPU_MAX = 65535  # more than any Linux has; a list is written out
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 
@@ -49,9 +51,14 @@ def parse_cpu_list(text: str) -> list[int]:
     cpus: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(f"'{text}' is not a list of CPUs: write it like 0,2-3")
-        cpus.extend(range(int(first), int(last or first) + 1))
-    if not cpus:
-        raise ValueError("a list of CPUs cannot be empty")
+        lowest, highest = int(first), int(last or first)
+        if lowest > highest:
+            raise ValueError(f"'{part.strip()}' runs backwards: write CPUs like {highest}-{lowest}")
+        if highest > _CPU_MAX:
+            raise ValueError(f"there is no CPU {highest}: they go up to {_CPU_MAX}")
+        cpus.extend(range(lowest, highest + 1))
+    if twice := [cpu for cpu, count in Counter(cpus).items() if count > 1]:
+        raise ValueError(f"'{text}' names CPU {twice[0]} more than once")
     return cpus

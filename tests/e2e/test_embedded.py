@@ -175,6 +175,21 @@ def test_second_back_end_is_told_that_the_function_is_in_use(scene, image):
     scene.end(vm)
 
 
+def test_vrings_larger_than_the_back_end_takes_are_one_line(scene, image):
+    vm = scene.device_vm()
+    backend = scene.start("device", "block", "--vfio", ADDRESS, "--file", image, "--json", "--queue-size", 128)
+    refused = scene.run("run", "--vhost-user-blk", scene.socket)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    (line,) = refused.stderr.splitlines()
+    assert "does not take vrings of 256 entries" in line
+    assert "--queue-size 128" in line
+    assert scene.run("run", "--vhost-user-blk", scene.socket, "--queue-size", 128, "--timeout", "30s").returncode == 0
+    status, printed = scene.end(backend)
+    assert status == 0
+    assert "of up to 128 (--queue-size) are possible" in printed
+    scene.end(vm)
+
+
 def test_disk_full_is_an_error_for_the_sibling_and_nothing_is_lost(scene, tmp_path):
     """A sparse image on a file system that is full: what fits is written, the rest gets an I/O error."""
     if os.getuid() != 0:

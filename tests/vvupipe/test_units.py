@@ -36,9 +36,17 @@ def test_cpu_lists(text, expected):
     assert parse_cpu_list(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1,,2", "3-1"])
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1,,2", "3-1", "\u00b2", "0-99999999999"])
 def test_cpu_lists_that_are_none(text):
     with pytest.raises(ValueError, match="CPU"):
+        parse_cpu_list(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("3-1", "like 1-3"), ("1,1", "CPU 1 more than once"), ("0-2,4,2", "CPU 2 more than once")]
+)
+def test_what_is_wrong_with_a_cpu_list(text, says):
+    with pytest.raises(ValueError, match=says):
         parse_cpu_list(text)
 
 

@@ -37,14 +37,14 @@ _WORKLOADS = ("randread", "randwrite", "read", "write", "randrw", "rw", "verify"
     "proxies",
     multiple=True,
     metavar="SOCK[,addr=ADDR][,uuid=UUID][,shared-memory=SIZE]",
-    help="Device VM: give it a VVU function whose sibling connects at SOCK.",
+    help="Device VM: give it a VVU function whose sibling connects at SOCK; shared-memory= with KERNEL.",
 )
 @click.option(
     "--vhost-user-blk",
     "disks",
     multiple=True,
     metavar="SOCK[,num-queues=N]",
-    help="Sibling VM: a virtio-blk disk served by the vhost-user back-end at SOCK.",
+    help="Sibling VM: a virtio-blk disk served by the vhost-user back-end at SOCK; num-queues= with KERNEL.",
 )
 @click.option(
     "--trace",
@@ -163,21 +163,37 @@ class _SocketOption:
     values: dict[str, str]
 
 
-def _parse_socket_option(option: str, text: str, keys: tuple[str, ...]) -> _SocketOption:
+def _parse_socket_option(
+    option: str, text: str, keys: tuple[str, ...], keys_with_kernel: tuple[str, ...] = ()
+) -> _SocketOption:
+    """keys_with_kernel: those that are refused here, and that a VM with a KERNEL has. Raises: UserError."""
     path, *pairs = text.split(",")
     values: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
+        if key in keys_with_kernel:
+            raise UserError(f"{option} {text}: {key} is for a VM with a KERNEL")
         if not equals or key not in keys or not value or key in values:
-            raise UserError(f"{option} {text}: '{pair}' is not one of {', '.join(f'{key}=VALUE' for key in keys)}")
+            raise UserError(f"{option} {text}: '{pair}' cannot be: use {_words(keys)}")
         values[key] = value
     if not path:
         raise UserError(f"{option} {text}: the socket's path is missing")
     return _SocketOption(Path(path), values)
 
 
+def _words(keys: tuple[str, ...]) -> str:
+    """ "a=VALUE, b=VALUE or c=VALUE, each once"."""
+    *first, last = (f"{key}=VALUE" for key in keys) if keys else ("the path alone",)
+    return f"{', '.join(first)} or {last}, each once" if first else last
+
+
 def _cpu_list(text: str | None) -> list[int] | None:
-    return None if text is None else check_cpus(CPU_LIST.convert(text, None, None))
+    """Of --cpus where it is no number of vCPUs. Raises: click.BadParameter, UserError."""
+    if text is None:
+        return None
+    context = click.get_current_context()
+    option = next(param for param in context.command.params if param.name == "cpus")
+    return check_cpus(CPU_LIST.convert(text, option, context))
 
 
 def _refuse(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
@@ -188,19 +204,9 @@ def _refuse(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
             raise UserError(f"{option} {why}")
 
 
-_WORK = (
-    "workload",
-    "bs",
-    "iodepth",
-    "runtime",
-    "size",
-    "numjobs",
-    "rwmixread",
-    "spin_us",
-    "copy_out",
-    "copy_in",
-    "sha256",
-)
+_OF_WORKLOAD = ("bs", "iodepth", "runtime", "size", "numjobs", "rwmixread")
+_MIXED = ("randrw", "rw")
+_WORK = ("workload", *_OF_WORKLOAD, "spin_us", "copy_out", "copy_in", "sha256")
 _MACHINE = ("initrd", "params", "accel", "qemu", "blocks", "shared_dirs", "serial")
 _REAL = (*_MACHINE, "carrier")
 
@@ -217,7 +223,7 @@ def _run_device_vm(options: dict[str, Any], trace: TraceOutput | None) -> int:
                 name=options["name"],
                 mem_mib=options["mem"] or _DEFAULT_MEM_MIB,
                 cpus=_cpu_list(options["cpus"]),
-                proxies=_proxies(options, ("addr", "uuid")),
+                proxies=_proxies(options, with_kernel=False),
                 json=options["as_json"],
                 trace=trace,
                 hugepages=options["hugepages"],
@@ -226,10 +232,12 @@ def _run_device_vm(options: dict[str, Any], trace: TraceOutput | None) -> int:
     )
 
 
-def _proxies(options: dict[str, Any], keys: tuple[str, ...]) -> tuple[ProxyOptions, ...]:
+def _proxies(options: dict[str, Any], *, with_kernel: bool) -> tuple[ProxyOptions, ...]:
     from vvupipe.vm.device_vm import ProxyOptions
 
-    parsed = [_parse_socket_option("--vvu-proxy", text, keys) for text in options["proxies"]]
+    keys, others = ("addr", "uuid"), ("shared-memory",)
+    allowed, refused = ((*keys, *others), ()) if with_kernel else (keys, others)
+    parsed = [_parse_socket_option("--vvu-proxy", text, allowed, refused) for text in options["proxies"]]
     return tuple(
         ProxyOptions(
             each.path,
@@ -250,7 +258,7 @@ def _run_qemu_device_vm(options: dict[str, Any], trace: TraceOutput | None) -> i
     return asyncio.run(
         run_qemu_device_vm(
             QemuDeviceVmOptions(
-                proxies=_proxies(options, ("addr", "uuid", "shared-memory")),
+                proxies=_proxies(options, with_kernel=True),
                 vm_name=options["name"],
                 carrier=options["carrier"],
                 trace=trace,
@@ -263,13 +271,17 @@ def _run_qemu_device_vm(options: dict[str, Any], trace: TraceOutput | None) -> i
 def _one_disk(options: dict[str, Any]) -> Path:
     if len(options["disks"]) > 1:
         raise UserError("the embedded sibling has one disk; give a KERNEL for more")
-    return _parse_socket_option("--vhost-user-blk", options["disks"][0], ()).path
+    return _parse_socket_option("--vhost-user-blk", options["disks"][0], (), ("num-queues",)).path
 
 
 def _run_sibling(options: dict[str, Any]) -> int:
     from vvupipe.vm.sibling import SiblingOptions, run_sibling
 
     _refuse(options, _REAL, "goes with a KERNEL")
+    if options["workload"] is None:
+        _refuse(options, _OF_WORKLOAD, "goes with --workload")
+    elif options["workload"] not in _MIXED:
+        _refuse(options, ("rwmixread",), f"goes with --workload {' or '.join(_MIXED)}")
     return asyncio.run(
         run_sibling(
             SiblingOptions(

@@ -215,8 +215,12 @@ class SessionVrings:
     async def get_inflight(self, message: Message) -> Message:
         """GET_INFLIGHT_FD: the whole reply, with an area for as many vrings of that size as are asked for."""
         wanted = InflightArea.unpack(message)
-        if not 0 < wanted.num_queues <= len(self._vrings) or not 0 < wanted.queue_size <= self._device.queue_size_max:
-            raise ProtocolError(f"an inflight region for {wanted.num_queues} vrings of {wanted.queue_size} entries")
+        limit = self._device.queue_size_max
+        if not 0 < wanted.num_queues <= len(self._vrings) or not 0 < wanted.queue_size <= limit:
+            raise ProtocolError(
+                f"an inflight region for {wanted.num_queues} vrings of {wanted.queue_size} entries: up to "
+                f"{len(self._vrings)} (--num-queues) of up to {limit} (--queue-size) are possible"
+            )
         size = wanted.num_queues * part_bytes(wanted.queue_size, packed=self.packed)
         reply = message.reply(InflightArea(size, 0, wanted.num_queues, wanted.queue_size).pack())
         self._connection.attach_area(reply, size)

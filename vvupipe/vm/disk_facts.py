@@ -74,11 +74,12 @@ class DiskFacts:
     physical_block_bytes: int
     request_bytes_max: int  #: of one data segment; 0: no limit
     num_queues: int
+    segments_max: int = 0  #: of a request; 0: not told
 
     @classmethod
     def from_config(cls, features: int, config: bytes, queues: int, protocol: ProtocolFeature) -> DiskFacts:
         """From the first CONFIG_BYTES of the configuration space. Raises: ProtocolError when it makes no sense."""
-        capacity, size_max, _, _, blk_size, exponent, _, _, _, _, _, num_queues = _CONFIG.unpack(config)
+        capacity, size_max, seg_max, _, blk_size, exponent, _, _, _, _, _, num_queues = _CONFIG.unpack(config)
         if not features & layout.F_VERSION_1:
             raise ProtocolError("the back-end does not offer VIRTIO_F_VERSION_1: it is too old for this driver")
         sector_bytes = blk_size if features & layout.BLK_F_BLK_SIZE else SECTOR_BYTES
@@ -98,6 +99,7 @@ class DiskFacts:
             sector_bytes << shift,
             size_max if features & layout.BLK_F_SIZE_MAX else 0,
             max(1, min(queues, num_queues)) if features & layout.BLK_F_MQ else 1,
+            seg_max if features & layout.BLK_F_SEG_MAX else 0,
         )
 
     def has(self, feature: int) -> bool:
@@ -113,6 +115,12 @@ class DiskFacts:
     def can_flush(self) -> bool:
         """Whether there is a flush request."""
         return self.has(layout.BLK_F_FLUSH)
+
+    def smaller_queue_size(self, refused: int) -> int:
+        """A size of vrings to try when the back-end takes none of `refused` entries; it has no way to tell its own."""
+        # Back-ends tell of as many segments as their vrings have room for beside the header and the status.
+        told = 1 << (self.segments_max + 2).bit_length() - 1
+        return told if 4 <= told < refused else max(4, refused // 2)
 
     @property
     def feature_names(self) -> list[str]:

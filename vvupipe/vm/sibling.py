@@ -78,8 +78,10 @@ class SiblingOptions:
 
     def check(self) -> None:
         """Raises: UserError on what cannot be, whatever the disk."""
-        if not 1 <= self.mem_mib <= _MEM_MIB_MAX:
-            raise UserError(f"--mem {self.mem_mib}: use 1 to {_MEM_MIB_MAX} MiB")
+        if self.mem_mib < 1:
+            raise UserError(f"--mem {self.mem_mib}: use a number of MiB above 0")
+        if self.mem_mib > _MEM_MIB_MAX:
+            raise UserError(f"--mem {self.mem_mib}: use at most {_MEM_MIB_MAX} MiB")
         if not 4 <= self.queue_size <= _QUEUE_SIZE_MAX or self.queue_size & (self.queue_size - 1):
             raise UserError(f"--queue-size {self.queue_size}: use a power of two from 4 to {_QUEUE_SIZE_MAX}")
         if self.spec:

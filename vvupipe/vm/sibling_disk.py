@@ -24,7 +24,7 @@ from kernels.virtio_layout import (
     F_RING_INDIRECT_DESC,
     USED_IDX,
 )
-from vvupipe.errors import Disconnected, ProtocolError, TransportError, UserError, VvupipeError
+from vvupipe.errors import Disconnected, ProtocolError, Refused, TransportError, UserError, VvupipeError
 from vvupipe.fd_socket import close_all
 from vvupipe.memory import huge_pages, shared
 from vvupipe.memory.mapping import Mapping
@@ -32,7 +32,8 @@ from vvupipe.memory.region import MemoryRegion
 from vvupipe.vhost_user.frontend import Frontend
 from vvupipe.vhost_user.messages import ProtocolFeature
 from vvupipe.vm.disk_facts import CONFIG_BYTES, FEATURES, DiskFacts
-from vvupipe.vm.sibling_inflight import SiblingInflight
+from vvupipe.vm.patience import Patience
+from vvupipe.vm.sibling_inflight import LeftAtSize, SiblingInflight
 from vvupipe.vm.sibling_layout import RING_PLACES, UVA_BASE, RamLayout, RingPlace, tags_max
 from vvupipe.vm.vcpu import SPIN_MAX_NS, ControlMemory, Counters, Vcpu
 
@@ -45,6 +46,8 @@ PROTOCOL_FEATURES = (
 
 _STOP_TIMEOUT_S = 2.0  # for the orderly end of the vrings, which the back-end must not hold up
 _LATER_KERNELS_S = 3.0  # compiling that takes longer is worth a line
+_SETTLED_S = 1.0  # a back-end that stayed for so long had come, whether there was anything to do or not
+_LEFT_AT_SIZE_MAX = 3  # a back-end that leaves so often in a row at the size of the vrings does so because of it
 
 
 class SiblingDisk:
@@ -86,6 +89,7 @@ class SiblingDisk:
         self._err_fds: list[int] = []
         self._inflight = SiblingInflight(num_vrings, queue_size, say)
         self._beginnings = 0  # how often the vrings began at index 0
+        self._left_at_size = 0  # how often in a row the back-end left when it was told of the size of the vrings
         self._supervisor: asyncio.Task[None] | None = None
         #: Done when the disk is lost for good, with the error that says why.
         self.failed: asyncio.Future[VvupipeError] = asyncio.get_running_loop().create_future()
@@ -105,10 +109,11 @@ class SiblingDisk:
     async def open(self) -> None:
         """Start the vCPUs, connect, start the vrings.
 
-        Raises: UserError when no back-end comes or has too few queues; ProtocolError, WorkerError.
+        Raises: UserError when no back-end comes or stays, or has too few or too small queues; ProtocolError,
+        WorkerError.
         """
         starting = asyncio.create_task(self._start_vcpus())
-        connecting = asyncio.create_task(self._connect())
+        connecting = asyncio.create_task(self._connect(Patience(self._path, self._timeout_s)))
         try:
             # Whichever fails first ends it: nobody waits for a back-end with vCPUs that cannot start.
             await asyncio.wait({starting, connecting}, return_when=asyncio.FIRST_EXCEPTION, timeout=_LATER_KERNELS_S)
@@ -118,8 +123,11 @@ class SiblingDisk:
             for task in (connecting, starting):
                 if task.done():
                     task.result()
+            # Its time begins here: what compiling took is not the back-end's fault.
+            patience = Patience(self._path, self._timeout_s)
             while not await self._start_vrings():
-                await self._connect()
+                await patience.pause()
+                await self._connect(patience)
         finally:
             for task in (connecting, starting):
                 task.cancel()
@@ -131,20 +139,17 @@ class SiblingDisk:
         huge = self.pages is not None
         await asyncio.gather(*(each.start(self._ram_fd, self.layout.mem_bytes, huge=huge) for each in self.vcpus))
 
-    async def _connect(self) -> None:
+    async def _connect(self, patience: Patience) -> None:
         """Find the back-end and negotiate, again and again until it does not leave in between."""
-        deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            self._frontend = await Frontend.connect(self._path, left, self._say)
+            self._frontend = await Frontend.connect(self._path, patience.left_s, self._say)
             try:
                 await self._negotiate(self._frontend)
                 return
             except Disconnected as error:
+                log.info("the back-end left while it was asked for its disk: %s", error)
                 await self._frontend.close()
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise UserError(f"the back-end at {self._path} left while it was asked for its disk") from error
-                await asyncio.sleep(0.1)
+                await patience.pause()
 
     async def _negotiate(self, frontend: Frontend) -> None:
         taken = await frontend.negotiate_protocol(PROTOCOL_FEATURES)
@@ -166,7 +171,10 @@ class SiblingDisk:
         await frontend.set_memory_table([region])
 
     async def _start_vrings(self) -> bool:
-        """Begin all vrings at index 0, or go on with them. False when the back-end left meanwhile."""
+        """Begin all vrings at index 0, or go on with them. False when the back-end left meanwhile.
+
+        Raises: UserError when it takes none of this size.
+        """
         frontend = self._frontend
         assert frontend is not None
         try:
@@ -179,7 +187,11 @@ class SiblingDisk:
             log.info("the back-end left during the start of the vrings: %s", error)
             self._inflight.left_early()
             await frontend.close()
+            self._left_at_size = self._left_at_size + 1 if isinstance(error, LeftAtSize) else 0
+            if self._left_at_size == _LEFT_AT_SIZE_MAX:
+                raise self._too_large() from error
             return False
+        self._left_at_size = 0
         for vcpu in self.vcpus:
             await vcpu.command("go_on" if goes_on else "go")
         return True
@@ -195,7 +207,7 @@ class SiblingDisk:
                 await vcpu.command("eventfds", fds=[kick, call])
             else:
                 await self._begin_ring(vcpu, place, [kick, call])
-            await frontend.set_vring_num(index, self.layout.queue_size)
+            await self._tell_size(frontend, index)
             await frontend.set_vring_addr(
                 index,
                 descriptor_uva=UVA_BASE + place.desc_gpa,
@@ -210,6 +222,24 @@ class SiblingDisk:
             self._watch_err(index, os.dup(err))
         finally:
             close_all(fds)
+
+    async def _tell_size(self, frontend: Frontend, index: int) -> None:
+        try:
+            await frontend.set_vring_num(index, self.layout.queue_size)
+            if ProtocolFeature.REPLY_ACK not in frontend.protocol_features:
+                # It can refuse by hanging up only; an answer to something else tells that it did not.
+                await frontend.get_protocol_features()
+        except Refused as error:
+            raise self._too_large() from error
+        except Disconnected as error:
+            raise LeftAtSize(str(error)) from error
+
+    def _too_large(self) -> UserError:
+        size = self.layout.queue_size
+        return UserError(
+            f"the back-end at {self._path} does not take vrings of {size} entries: use a smaller size, as "
+            f"--queue-size {self.facts.smaller_queue_size(size)}"
+        )
 
     async def _begin_ring(self, vcpu: Vcpu, place: RingPlace, fds: list[int]) -> None:
         fields = {
@@ -248,12 +278,20 @@ class SiblingDisk:
 
     async def _supervise(self) -> None:
         """Bring the disk back whenever its back-end went."""
+        patience: Patience | None = None
+        before, came_at = -1, 0.0
         try:
             while True:
                 assert self._frontend is not None
                 reason = await asyncio.shield(self._frontend.closed)
                 self._say(f"{reason}; waiting for it to come back")
-                await self._reconnect()
+                done = sum(vcpu.counters().requests for vcpu in self.vcpus)
+                if patience is None or done != before or time.monotonic() - came_at > _SETTLED_S:
+                    patience = Patience(self._path, self._timeout_s)
+                else:
+                    await patience.pause()  # it came, did nothing and left again
+                await self._reconnect(patience)
+                before, came_at = done, time.monotonic()
                 self.reconnects += 1
                 self._say("the back-end is back; requests in flight are done again")
         except VvupipeError as error:
@@ -265,16 +303,17 @@ class SiblingDisk:
             log.debug("the disk's supervisor failed", exc_info=error)
             self._fail(TransportError(f"the disk is lost: {error}"))
 
-    async def _reconnect(self) -> None:
+    async def _reconnect(self, patience: Patience) -> None:
         for vcpu in self.vcpus:
             await vcpu.command("pause")
         while True:
             assert self._frontend is not None
             await self._frontend.close()
             self._forget_err_fds()
-            await self._connect()
+            await self._connect(patience)
             if await self._start_vrings():
                 return
+            await patience.pause()
 
     async def run_jobs(self, jobs: Sequence[tuple[Vcpu, dict[str, Any], list[int]]]) -> None:
         """Start a job on each vCPU and wait for all.

@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kernels.virtio_layout import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC
-from vvupipe.errors import Refused
+from vvupipe.errors import Disconnected, Refused
 from vvupipe.vhost_user.frontend import Frontend
 from vvupipe.vhost_user.frontend_vrings import InflightRegion
 from vvupipe.vhost_user.messages import ProtocolFeature
 
-__all__ = ["SiblingInflight"]
+__all__ = ["LeftAtSize", "SiblingInflight"]
 
 #: What says how a ring is to be read: one that goes on must not change it.
 _RING_FEATURES = F_RING_EVENT_IDX | F_RING_INDIRECT_DESC
+
+
+class LeftAtSize(Disconnected):
+    """The back-end left when it was told how large the vrings are: by chance, or because they are too large."""
 
 
 class SiblingInflight:
@@ -35,7 +39,7 @@ class SiblingInflight:
         """Give the back-end its region, before any vring starts.
 
         True: it has what the one before left, so that the vrings must go on where they stand. False: it knows nothing
-        of them, and they must begin anew. Raises: Disconnected, ProtocolError.
+        of them, and they must begin anew. Raises: LeftAtSize, Disconnected, ProtocolError.
         """
         if ProtocolFeature.INFLIGHT_SHMFD not in frontend.protocol_features:
             self._lose("the back-end does not track inflight requests any more")
@@ -57,12 +61,18 @@ class SiblingInflight:
                 return True
         self._handed_on = False
         try:
-            self._region = await frontend.get_inflight(self._num_vrings, self._queue_size)
+            self._region = await self._get(frontend)
             await frontend.set_inflight(self._region)
         except Refused as error:
             self.forget()
             self._say(f"{error}: it goes on without one")
         return False
+
+    async def _get(self, frontend: Frontend) -> InflightRegion:
+        try:
+            return await frontend.get_inflight(self._num_vrings, self._queue_size)
+        except Disconnected as error:
+            raise LeftAtSize(str(error)) from error
 
     def left_early(self) -> None:
         """The back-end left before its vrings ran. The next one gets another region.

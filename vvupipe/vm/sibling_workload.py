@@ -39,7 +39,7 @@ _INTERRUPT_S = 5.0  # the same after an interrupt
 
 @dataclass(frozen=True, slots=True)
 class WorkloadSpec:
-    """What to do, in fio's words. Sizes in bytes; `size_bytes` 0 or None: the whole disk; `rwmixread` in percent.
+    """What to do, in fio's words. Sizes in bytes; `size_bytes` None: the whole disk; `rwmixread` in percent.
 
     With a runtime it runs that long; without, until as much was moved as the range is large (verify: one pass).
     """
@@ -64,6 +64,8 @@ class WorkloadSpec:
         for name, value in (("bs", self.bs), ("iodepth", self.iodepth), ("numjobs", self.numjobs)):
             if value < 1:
                 raise UserError(f"--{name} {value}: use a number above 0")
+        if self.size_bytes is not None and self.size_bytes < 1:
+            raise UserError(f"--size {self.size_bytes}: use a size above 0, or leave it out for the whole disk")
         if not 0 <= self.rwmixread <= 100:
             raise UserError(f"--rwmixread {self.rwmixread}: use a percentage from 0 to 100")
         if self.runtime_s is not None and self.runtime_s <= 0:
@@ -138,7 +140,7 @@ def check_against_disk(spec: WorkloadSpec, disk: SiblingDisk) -> int:
             f"--bs {human_bytes(spec.bs)} x --iodepth {spec.iodepth} x --numjobs {spec.numjobs} does not fit in "
             f"{human_bytes(disk.layout.mem_bytes)} of RAM: use a larger --mem"
         )
-    wanted = spec.size_bytes or facts.size_bytes
+    wanted = facts.size_bytes if spec.size_bytes is None else spec.size_bytes
     if wanted > facts.size_bytes:
         raise UserError(f"--size {human_bytes(wanted)}: the disk has {human_bytes(facts.size_bytes)}")
     if wanted // spec.bs < (1 if _shared_range(spec) else spec.numjobs):

@@ -82,9 +82,21 @@ def test_engine_that_does_not_go_with_sqpoll(vvupipe, image):
     assert_refused(finished, "--sqpoll")
 
 
-@pytest.mark.parametrize("cpus", ["x", "0-", "4095"])
+@pytest.mark.parametrize("cpus", ["x", "0-", "4095", "1-0", "0,0"])
 def test_cpus(vvupipe, image, cpus):
     assert_refused(vvupipe("device", "block", "--file", image, "--socket", "s", "--cpus", cpus), "CPU")
+
+
+@pytest.mark.parametrize("vm", ["--vhost-user-blk", "--vvu-proxy"])
+@pytest.mark.parametrize("cpus", ["x", "0,0", "4095"])
+def test_cpus_of_a_vm(vvupipe, vm, cpus):
+    finished = vvupipe("run", vm, "s", "--cpus", cpus)
+    assert_refused(finished, "CPU 4095 cannot be used" if cpus == "4095" else "'--cpus'")
+
+
+@pytest.mark.parametrize(("mem", "says"), [(15, "16"), (999_999_999, "--mem 999999999: use at most 1048576 MiB")])
+def test_memory_of_a_sibling(vvupipe, mem, says):
+    assert_refused(vvupipe("run", "--vhost-user-blk", "s", "--mem", mem), says)
 
 
 def test_socket_in_use(vvupipe, image, tmp_path):
@@ -141,6 +153,21 @@ def test_vvu_proxy_option(vvupipe, option):
     assert_refused(vvupipe("run", "--vvu-proxy", option))
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--vhost-user-blk", "s,num-queues=2", "num-queues is for a VM with a KERNEL"),
+        ("--vhost-user-blk", "s,queues=2", "'queues=2' cannot be: use the path alone"),
+        ("--vvu-proxy", "s,shared-memory=1G", "shared-memory is for a VM with a KERNEL"),
+        ("--vvu-proxy", "s,foo=1", "'foo=1' cannot be: use addr=VALUE or uuid=VALUE, each once"),
+    ],
+)
+def test_what_follows_a_socket_is_told_whole(vvupipe, option, value, says):
+    finished = vvupipe("run", option, value)
+    assert_refused(finished, says)
+    assert finished.stderr.rstrip().endswith(says)
+
+
 def test_vm_without_a_purpose(vvupipe):
     assert_refused(vvupipe("run"), "--vvu-proxy", "--vhost-user-blk")
 
@@ -156,6 +183,22 @@ def test_back_end_that_does_not_come(vvupipe, tmp_path):
 def test_workload_options_need_sense(vvupipe, tmp_path):
     assert_refused(vvupipe("run", "--vhost-user-blk", "s", "--workload", "dance"), "dance")
     assert_refused(vvupipe("run", "--vhost-user-blk", "s", "--bs", "4x"), "not a size")
+
+
+@pytest.mark.parametrize("option", ["bs", "iodepth", "runtime", "size", "numjobs", "rwmixread"])
+def test_options_of_a_workload_go_with_one(vvupipe, option):
+    assert_refused(vvupipe("run", "--vhost-user-blk", "s", f"--{option}", 4), f"--{option} goes with --workload")
+
+
+@pytest.mark.parametrize("workload", ["read", "randwrite", "verify"])
+def test_a_share_of_reads_goes_with_a_mixed_workload(vvupipe, workload):
+    finished = vvupipe("run", "--vhost-user-blk", "s", "--workload", workload, "--rwmixread", 70)
+    assert_refused(finished, "--rwmixread goes with --workload randrw or rw")
+
+
+@pytest.mark.parametrize(("option", "value"), [("size", 0), ("runtime", 0), ("rwmixread", 101)])
+def test_numbers_of_a_workload(vvupipe, option, value):
+    assert_refused(vvupipe("run", "--vhost-user-blk", "s", "--workload", "randrw", f"--{option}", value), option)
 
 
 def test_help_is_quick_and_names_the_commands(vvupipe):

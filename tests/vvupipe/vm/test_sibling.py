@@ -160,6 +160,7 @@ def test_little_memory_makes_small_windows(daemon, image, tmp_path):
         ({"workload": "read", "numjobs": 3}, "--numjobs 2 or less"),
         ({"workload": "read", "size": SIZE + 4096}, "the disk has 16 MiB"),
         ({"workload": "read", "size": 512}, "less than one block"),
+        ({"workload": "verify", "size": 0}, "--size 0: use a size above 0"),
         ({"workload": "rw", "rwmixread": 101}, "0 to 100"),
         ({"workload": "read", "runtime_s": 0.0}, "above 0"),
         ({"queue_size": 100}, "power of two"),

@@ -1,16 +1,17 @@
 """The embedded sibling on a back-end that lies, forgets and breaks off: plain Python, one thread."""
 
 import asyncio
+import socket
 import threading
 import time
 
 import pytest
 
 from tests.mock import frontend as wire
-from tests.mock.blk_backend import ALL_FEATURES, ALL_PROTOCOL, BlkBackend
+from tests.mock.blk_backend import ALL_FEATURES, ALL_PROTOCOL, WITH_INFLIGHT, BlkBackend
 from tests.mock.blk_device import IN, IOERR, OK, OUT
 from tests.vvupipe.vm.sibling_kit import run, run_json
-from vvupipe.errors import ProtocolError, UserError, WorkerError
+from vvupipe.errors import ProtocolError, TransportError, UserError, WorkerError
 from vvupipe.vm.sibling import SiblingOptions, WorkloadSpec, open_disk, run_workload
 
 pytestmark = pytest.mark.timeout(120)
@@ -238,3 +239,66 @@ def test_a_back_end_may_be_silent_for_a_while(path, capsys):
     assert status == 0
     assert backend.connections == 2
     assert f"connected to {path}, waiting for the back-end to answer" in capsys.readouterr().err
+
+
+def leaving_at(backend, request):
+    """`backend` hangs up on each `request`, without an answer."""
+    message = backend._message
+
+    def hang_up(connection):
+        if len(backend.requests) > 10_000:
+            raise AssertionError("it is asked without pause")
+        head = connection.recv(12, socket.MSG_PEEK)
+        if len(head) == 12 and int.from_bytes(head[:4], "little") == request:
+            return False
+        return message(connection)
+
+    backend._message = hang_up
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("request_number", "protocol"),
+    [
+        (wire.GET_INFLIGHT_FD, WITH_INFLIGHT),
+        (wire.SET_VRING_NUM, ALL_PROTOCOL),
+        (wire.SET_VRING_NUM, ALL_PROTOCOL & ~wire.REPLY_ACK),
+    ],
+)
+def test_vrings_that_are_too_large_for_it_are_one_line(path, request_number, protocol):
+    """A back-end that hangs up on their size, every time, is not asked for ever, even without a timeout."""
+    backend = leaving_at(BlkBackend(path, protocol=protocol), request_number)
+    with backend, pytest.raises(UserError, match=r"does not take vrings of 256 entries.* --queue-size 128"):
+        run(path, timeout_s=None)
+    assert backend.connections == 3
+
+
+def test_vrings_that_are_refused_are_one_line(path):
+    backend = BlkBackend(path)
+    backend.refused = {wire.SET_VRING_NUM}
+    with backend, pytest.raises(UserError, match=r"does not take vrings of 256 entries.* --queue-size 128"):
+        run(path)
+
+
+@pytest.mark.parametrize("request_number", [wire.GET_CONFIG, wire.SET_MEM_TABLE, wire.SET_VRING_ADDR])
+def test_hanging_up_at_the_same_request_for_ever_ends_with_the_timeout(path, request_number):
+    backend = leaving_at(BlkBackend(path), request_number)
+    began = time.monotonic()
+    with backend, pytest.raises(UserError, match=r"hung up during the set-up, again and again for 1\.5 s"):
+        run(path, timeout_s=1.5)
+    assert time.monotonic() - began < 30
+    assert 2 <= backend.connections <= 8, "with pauses that grow"
+
+
+def test_leaving_when_all_is_set_up_for_ever_ends_with_the_timeout(path):
+    backend = BlkBackend(path)
+    served = []
+    backend.prepare = served.append
+    backend.after = lambda count: "leave" if count > 5 else None
+    message = backend._message
+    backend._message = lambda connection: (
+        message(connection) and not (len(served) > 1 and backend.requests[-1] == wire.SET_VRING_ENABLE)
+    )
+    with backend, pytest.raises(TransportError, match=r"the disk is lost.*hung up"):
+        run(path, workload="randread", iodepth=4, timeout_s=1.5)
+    assert len(served) <= 9
