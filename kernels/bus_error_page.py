@@ -1,7 +1,5 @@
 """What the handler of SIGBUS (kernels/bus_error.py) finds at a fixed address. Plain, no numba."""
 
-import ctypes
-
 SIGBUS = 7
 
 #: Address of a page that the process maps there; a fixed one, so that the compiled handler can come from the cache: a
@@ -11,11 +9,3 @@ RECORD_PAGE = 0x6276_7570_0000
 RECORD_PAGE_BYTES = 4096
 FILE_START = 8
 FILE_BYTES = 16
-
-
-def set_file(address: int, size_bytes: int) -> None:
-    """Tell the handler, where there is one, of the device's mapped file; no bytes: none is mapped."""
-    # SAFETY: who calls this has mapped the page.
-    ctypes.c_uint64.from_address(RECORD_PAGE + FILE_BYTES).value = 0
-    ctypes.c_uint64.from_address(RECORD_PAGE + FILE_START).value = address
-    ctypes.c_uint64.from_address(RECORD_PAGE + FILE_BYTES).value = size_bytes

@@ -6,9 +6,7 @@ calls `main`; this module knows nothing of the device.
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import mmap
 import os
 import socket
 from typing import Any, Protocol
@@ -16,14 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kernels import bus_error_page
 from kernels import control_block as layout
 from kernels.loop_record import LOOP, POLLFD, POLLIN
 from kernels.ring_record import RING
 from kernels.status import ERR_RING_ADDRESS, MISS, OK, TEXT
 from vvupipe.errors import WorkerError
 from vvupipe.memory.mapping import Mapping
-from vvupipe.workers import commands, inflight_position
+from vvupipe.workers import bus_error_handler, commands, inflight_position
 from vvupipe.workers.control_block import ControlBlock
 from vvupipe.workers.executor import CommandExecutor, command_socket
 from vvupipe.workers.kernel_library import KernelLibrary
@@ -32,8 +29,6 @@ from vvupipe.workers.worker_memory import Table, WorkerMemory
 log = logging.getLogger(__name__)
 
 _MEMORY_LOST = 3  # exit status of a worker that makes way for another one
-_SA_SIGINFO = 4  # sigaction(2)
-_MAP_FIXED_NOREPLACE = 0x100000  # mmap(2)
 
 
 #: fields of RING that a start brings
@@ -114,17 +109,6 @@ class DeviceKernel(Protocol):
         """A command of the device's own. Raises: WorkerError when it is unknown."""
 
 
-class _SigAction(ctypes.Structure):
-    """glibc's struct sigaction."""
-
-    _fields_ = [
-        ("handler", ctypes.c_void_p),
-        ("mask", ctypes.c_ulong * 16),
-        ("flags", ctypes.c_int),
-        ("restorer", ctypes.c_void_p),
-    ]
-
-
 class Worker(CommandExecutor):
     """State of one worker; `run` returns when the coordinator closes the command socket."""
 
@@ -179,7 +163,7 @@ class Worker(CommandExecutor):
         self._block = ControlBlock(int(fields["num_workers"]), num_vrings, fds.pop(0))
         address = self._block.worker_address(self._index)
         self._kernels = KernelLibrary(self._device.library)
-        self._install_bus_error_handler(address)
+        bus_error_handler.install(self._kernels.address("on_bus_error", 3), address)
         self._rings = np.zeros(num_vrings, RING)
         for name in ("kick_fd", "call_fd", "err_fd", "log_fd"):
             self._rings[name] = -1
@@ -201,21 +185,6 @@ class Worker(CommandExecutor):
         self._pollfds["fd"] = -1
         self._pollfds["fd"][0] = self._sock.fileno()
         self._pollfds["fd"][1 + num_vrings :] = own_fds
-
-    def _install_bus_error_handler(self, worker_address: int) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.restype = ctypes.c_void_p
-        page = bus_error_page.RECORD_PAGE
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
-        size = ctypes.c_size_t(bus_error_page.RECORD_PAGE_BYTES)
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        if libc.mmap(ctypes.c_void_p(page), size, protection, flags, -1, ctypes.c_long(0)) != page:
-            raise OSError(ctypes.get_errno(), "no page for the SIGBUS handler")
-        # SAFETY: the page was mapped just now and stays.
-        ctypes.c_uint64.from_address(page).value = worker_address
-        action = _SigAction(handler=self._kernels.address("on_bus_error", 3), flags=_SA_SIGINFO)
-        if libc.sigaction(bus_error_page.SIGBUS, ctypes.byref(action), None):
-            raise OSError(ctypes.get_errno(), "no handler for SIGBUS")
 
     def _do_map(self, fields: commands.Fields, fds: list[int]) -> None:
         """Map regions for the table that comes next."""

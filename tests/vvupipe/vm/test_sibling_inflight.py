@@ -37,7 +37,10 @@ class Deaths:
         device.choose = self._choose_now
 
     def _choose_now(self, taken):
-        self._dies = len(self.left) < self.times and len(taken) > 3 and len(self.devices[-1].log) > 5
+        to_die = len(self.left) < self.times
+        self._dies = to_die and len(taken) > 3 and len(self.devices[-1].log) > 5
+        if to_die and len(taken) <= 3 and 0 < len(self.done(OUT)) < BLOCKS // 2:
+            return []  # more of them are on their way, however slow the machine is
         return self._choose(taken) if self._dies else list(taken)
 
     def _after(self, served):

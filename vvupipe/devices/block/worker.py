@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernels import bus_error_page
 from kernels import control_block as layout
 from kernels import request_record as request
 from kernels.blk_disk import BOUNCE_BYTES, DISK, GRANULE_SHIFT, VECTOR_BYTES
@@ -25,7 +24,7 @@ from kernels.uring_layout import URING
 from kernels.virtio_layout import BLK_ID_BYTES, QUEUE_SIZE_MAX, SECTOR_BYTES
 from vvupipe.errors import WorkerError
 from vvupipe.memory.mapping import Mapping
-from vvupipe.workers import commands, process
+from vvupipe.workers import bus_error_handler, commands, process
 from vvupipe.workers.helpers import Helpers
 from vvupipe.workers.io_uring import IoUring
 from vvupipe.workers.kernel_library import KernelLibrary
@@ -162,7 +161,7 @@ class BlockKernel:
     def _map(self, size_bytes: int) -> None:
         disk = self._disk[0]
         disk["map_address"] = disk["map_bytes"] = disk["granules"] = 0
-        bus_error_page.set_file(0, 0)
+        bus_error_handler.set_mapped_file(0, 0)
         if self._mapping:
             self._mapping.close()
             self._mapping = None
@@ -174,7 +173,7 @@ class BlockKernel:
             return  # the system calls do the same, more slowly
         self._granules = np.zeros(-(-size_bytes >> GRANULE_SHIFT), np.uint8)
         disk["map_address"] = self._mapping.address
-        bus_error_page.set_file(self._mapping.address, size_bytes)
+        bus_error_handler.set_mapped_file(self._mapping.address, size_bytes)
         disk["map_bytes"] = size_bytes
         disk["map_writable"] = self._writable_map
         disk["granules_address"] = self._granules.ctypes.data
