@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
+import logging
 import os
 import socket
 import stat
@@ -17,6 +20,9 @@ from vvupipe.vhost_user.messages import HEADER, MAX_FDS, Message, ProtocolFeatur
 from vvupipe.vhost_user.payloads import VRING_NO_FD, unpack_memory_table, unpack_single_region, unpack_u64
 from vvupipe.vhost_user.transport import FileArea
 
+log = logging.getLogger(__name__)
+
+_ACCEPT_AGAIN_S = 1.0  # when no file can be opened
 _FILE_END = 1 << 63  # off_t is signed
 _BACKLOG = 16  # front-ends that may wait for their turn
 
@@ -208,7 +214,13 @@ class SocketTransport:
             return SocketConnection(sock)
         while True:
             with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-                return SocketConnection(self._sock.accept()[0])
+                try:
+                    return SocketConnection(self._sock.accept()[0])
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE):
+                        raise
+                    log.warning("%s: a front-end has to wait: %s", self.describe(), error.strerror)
+                    await asyncio.sleep(_ACCEPT_AGAIN_S)
             await wait_fd(self._sock.fileno())
 
     def close(self) -> None:

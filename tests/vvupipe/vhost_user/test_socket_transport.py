@@ -1,5 +1,6 @@
 import asyncio
 import os
+import resource
 import select
 import socket
 import stat
@@ -9,6 +10,7 @@ import pytest
 
 from tests.mock import frontend as fe
 from vvupipe.errors import Disconnected, ProtocolError, TransportError, UserError
+from vvupipe.vhost_user import socket_transport
 from vvupipe.vhost_user.messages import Message, ProtocolFeature
 from vvupipe.vhost_user.payloads import pack_u64
 from vvupipe.vhost_user.socket_transport import SocketConnection, SocketTransport
@@ -210,6 +212,30 @@ def test_front_ends_one_after_another(tmp_path):
 
     run(test())
     transport.close()
+
+
+def test_front_end_for_whom_no_file_can_be_opened_has_to_wait(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(socket_transport, "_ACCEPT_AGAIN_S", 0.02)
+    transport = SocketTransport.listen(tmp_path / "s.sock")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def test():
+        peer = fe.Frontend(tmp_path / "s.sock")
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            accepting = asyncio.create_task(transport.accept())
+            await asyncio.sleep(0.1)
+            assert not accepting.done()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        (await asyncio.wait_for(accepting, 5)).close()
+        peer.close()
+
+    run(test())
+    transport.close()
+    assert "a front-end has to wait: Too many open files" in caplog.text
 
 
 def test_path_in_use(tmp_path):
