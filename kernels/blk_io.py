@@ -61,6 +61,14 @@ def note_failure(disk, errno):
 
 
 @kernel
+def give_up(disk, done):
+    """ERR_IO, for a system call that did nothing: it failed (`done` below 0), which is noted, or met the end."""
+    if done < 0:
+        note_failure(disk, last_errno())
+    return ERR_IO
+
+
+@kernel
 def bounce(disk, segments, first, end, offset, writing):
     """bounce_transfer on the image. OK or ERR_IO."""
     status = bounce_transfer(int32(disk.fd), disk.bounce_address, segments, first, end, offset, writing)
@@ -87,10 +95,8 @@ def transfer(disk, segments, first, end, offset, writing):
             continue
         if done < 0 and last_errno() == EINVAL and disk.direct:
             return bounce(disk, segments, first, end, offset, writing)
-        if done < 0:
-            note_failure(disk, last_errno())
         if done <= 0:
-            return ERR_IO
+            return give_up(disk, done)
         offset += done
         first = skip_segments(segments, first, uint64(done))
     return OK

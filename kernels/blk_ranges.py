@@ -3,7 +3,7 @@
 import numpy as np
 from numba import int32, int64, uint64
 
-from kernels.blk_io import check_range, flush, note_failure
+from kernels.blk_io import check_range, flush, give_up
 from kernels.blk_request import take_bytes, total_bytes
 from kernels.jit import kernel
 from kernels.memory import EINTR, last_errno, libc_fallocate, libc_ioctl, libc_pwrite, load_u32, load_u64, store_u64
@@ -36,10 +36,8 @@ def write_zero_bytes(disk, offset, length):
         done = libc_pwrite(int32(disk.fd), disk.zeros_address, min(length, disk.zeros_bytes), int64(offset))
         if done < 0 and last_errno() == EINTR:
             continue
-        if done < 0:
-            note_failure(disk, last_errno())
         if done <= 0:
-            return ERR_IO
+            return give_up(disk, done)
         offset += uint64(done)
         length -= uint64(done)
     return OK

@@ -33,7 +33,7 @@ from kernels.memory import (
     store_u32,
     store_u64,
 )
-from kernels.split_ring import needs_event
+from kernels.split_ring import avail_slot, needs_event, used_element
 from kernels.virtio_layout import (
     AVAIL_F_NO_INTERRUPT,
     AVAIL_FLAGS,
@@ -121,19 +121,6 @@ def fill_table(ring, tag):
     tag.shape = uint32(tag.kind + uint32(1))
 
 
-@inlined
-def next_slot(ring):
-    """Address of the available ring's slot that is written next."""
-    return ring.avail + uint64(AVAIL_RING) + uint64(2) * (uint64(ring.avail_idx) & uint64(ring.size - 1))
-
-
-@inlined
-def next_element(ring):
-    """Address of the used element that is read next."""
-    slot = uint64(ring.last_used_idx) & uint64(ring.size - 1)
-    return ring.used + uint64(USED_RING) + uint64(USED_ELEM_SIZE) * slot
-
-
 @kernel
 def put_request(ring, tag):
     """Make the tag's request available; the device sees it with the next `publish`."""
@@ -143,7 +130,7 @@ def put_request(ring, tag):
     store_u8(place + uint64(TAG_STATUS_OFF), uint8(STATUS_UNSET))
     if tag.shape != uint32(tag.kind + uint32(1)):
         fill_table(ring, tag)
-    store_u16(next_slot(ring), tag.head)
+    store_u16(avail_slot(ring, ring.avail_idx), tag.head)
     ring.avail_idx = uint16(ring.avail_idx + 1)
     tag.in_flight = uint32(1)
     ring.in_flight += 1
@@ -176,8 +163,8 @@ def publish(ring):
 def fetch_answer(ring):
     """Fetch what is read and written next when the only request came back, all of it at once."""
     prefetch_write(ring.latest)  # with its status, and likely to be the next request's place
-    prefetch(next_element(ring))
-    prefetch_write(next_slot(ring))
+    prefetch(used_element(ring, ring.last_used_idx))
+    prefetch_write(avail_slot(ring, ring.avail_idx))
 
 
 @kernel
@@ -192,7 +179,7 @@ def count_used(ring):
 @kernel
 def take_used(ring, tags, heads):
     """The tag of the next used element, no longer in flight; negative: ERR_USED_*. Call only after count_used."""
-    element = next_element(ring)
+    element = used_element(ring, ring.last_used_idx)
     head = int64(load_u32(element))
     written = uint64(load_u32(element + uint64(4)))
     if head >= ring.size or heads[head] < 0:

@@ -18,6 +18,7 @@ from numba.np.arrayobj import make_array, populate_array
 from kernels.jit import kernel
 
 _I8 = ir.IntType(8)
+_INTEGERS = {8: types.uint8, 16: types.uint16, 32: types.uint32, 64: types.uint64}
 PAGE_BYTES = mmap.PAGESIZE
 IS_X86 = platform.machine() == "x86_64"
 
@@ -31,7 +32,7 @@ def _pointer_to(kind, builder, address, offset):
 
 
 def _load(bits, ordering):
-    result = {8: types.uint8, 16: types.uint16, 32: types.uint32, 64: types.uint64}[bits]
+    result = _INTEGERS[bits]
 
     @intrinsic
     def load(typing_context, address):
@@ -44,7 +45,7 @@ def _load(bits, ordering):
 
 
 def _store(bits, ordering):
-    value_type = {8: types.uint8, 16: types.uint16, 32: types.uint32, 64: types.uint64}[bits]
+    value_type = _INTEGERS[bits]
 
     @intrinsic
     def store(typing_context, address, value):
@@ -74,26 +75,23 @@ load_acquire_u64 = _load(64, "acquire")
 store_release_u64 = _store(64, "release")
 
 
-@intrinsic
-def or_u8(typing_context, address, bits):
-    """Set bits of a byte that somebody else changes at the same time."""
+def _modify(operation, bits):
+    kind = _INTEGERS[bits]
 
-    def generate(context, builder, signature, arguments):
-        builder.atomic_rmw("or", _pointer(builder, arguments[0], 8), arguments[1], "seq_cst")
-        return context.get_dummy_value()
+    @intrinsic
+    def modify(typing_context, address, operand):
+        def generate(context, builder, signature, arguments):
+            builder.atomic_rmw(operation, _pointer(builder, arguments[0], bits), arguments[1], "seq_cst")
+            return context.get_dummy_value()
 
-    return types.void(types.uint64, types.uint8), generate
+        return types.void(types.uint64, kind), generate
+
+    return modify
 
 
-@intrinsic
-def add_u64(typing_context, address, number):
-    """Add to a number that other threads add to at the same time."""
-
-    def generate(context, builder, signature, arguments):
-        builder.atomic_rmw("add", _pointer(builder, arguments[0], 64), arguments[1], "seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(types.uint64, types.uint64), generate
+#: Set bits of a byte, or add to a number, that others change at the same time.
+or_u8 = _modify("or", 8)
+add_u64 = _modify("add", 64)
 
 
 @intrinsic

@@ -43,15 +43,21 @@ def count_available(ring):
 
 
 @inlined
-def next_slot(ring):
-    """Address of the available ring's slot that is read next."""
-    return ring.avail + uint64(AVAIL_RING) + uint64(2) * (uint64(ring.last_avail_idx) & uint64(ring.size - 1))
+def avail_slot(ring, index):
+    """Address of the available ring's entry of an index (2.7.6), the device's or the driver's."""
+    return ring.avail + uint64(AVAIL_RING) + uint64(2) * (uint64(index) & uint64(ring.size - 1))
+
+
+@inlined
+def used_element(ring, index):
+    """Address of the used ring's element of an index (2.7.8), the device's or the driver's."""
+    return ring.used + uint64(USED_RING) + uint64(USED_ELEM_SIZE) * (uint64(index) & uint64(ring.size - 1))
 
 
 @kernel
 def next_head(ring):
     """The head descriptor of the next available chain, which stays untaken; negative: ERR_HEAD_INDEX."""
-    head = np.int64(load_u16(next_slot(ring)))
+    head = np.int64(load_u16(avail_slot(ring, ring.last_avail_idx)))
     if head >= ring.size:
         return ERR_HEAD_INDEX
     return head
@@ -60,8 +66,7 @@ def next_head(ring):
 @kernel
 def next_element(ring):
     """Address of the used element that is written next."""
-    slot = uint64(ring.used_idx) & uint64(ring.size - 1)
-    return ring.used + uint64(USED_RING) + uint64(USED_ELEM_SIZE) * slot
+    return used_element(ring, ring.used_idx)
 
 
 @kernel

@@ -9,7 +9,7 @@ vring.look_at_next reads it and tells what is wrong.
 import numpy as np
 from numba import int64, uint64
 
-from kernels import packed_ring
+from kernels import packed_ring, split_ring
 from kernels.desc_word import (
     FIELD_MASK,
     LEN_MASK,
@@ -25,7 +25,6 @@ from kernels.ring_record import CHAINS_MAX
 from kernels.virtio_layout import (
     ACCESS_READ,
     ACCESS_WRITE,
-    AVAIL_RING,
     DESC_F_INDIRECT,
     DESC_F_NEXT,
     DESC_F_WRITE,
@@ -49,8 +48,7 @@ _TABLE_BYTES = np.uint64(_DESCRIPTORS * DESC_SIZE)
 def find_split(ring, chains, count):
     """Find the heads of the next `count` chains, which are available. Returns of how many."""
     for k in range(count):
-        slot = (uint64(ring.last_avail_idx) + uint64(k)) & uint64(ring.size - 1)
-        head = int64(load_u16(ring.avail + uint64(AVAIL_RING) + uint64(2) * slot))
+        head = int64(load_u16(split_ring.avail_slot(ring, uint64(ring.last_avail_idx) + uint64(k))))
         if head >= ring.size:
             return k
         chain = chains[k]

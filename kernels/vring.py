@@ -184,7 +184,7 @@ def fetch_next(ring):
     In a packed ring that is the descriptor that was looked at.
     """
     if not ring.packed:
-        prefetch(split_ring.next_slot(ring))
+        prefetch(split_ring.avail_slot(ring, ring.last_avail_idx))
 
 
 @kernel

@@ -93,6 +93,11 @@ def quick(place: str) -> list[Case]:
     ]
 
 
+def chosen(place: str, patterns: Sequence[str], *, quickly: bool) -> list[Case]:
+    """Those of a place that were asked for: of `matrix`, or of `quick`."""
+    return select(quick(place) if quickly else matrix(place), patterns)
+
+
 def select(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
     """Those whose name, or name without the place, is matched by a shell pattern; all without patterns."""
     if not patterns:

@@ -76,8 +76,7 @@ class Comparison:
         return [place for place in cases.places(self.options.folder) if place.name in self.options.place]
 
     def _cases(self, place: Place) -> list[Case]:
-        every = cases.quick(place.name) if self.options.quick else cases.matrix(place.name)
-        return cases.select(every, self.options.only)
+        return cases.chosen(place.name, self.options.only, quickly=self.options.quick)
 
     @contextlib.contextmanager
     def _image(self, place: Place) -> Iterator[tuple[Path, Path]]:
@@ -209,11 +208,8 @@ def choose(options: argparse.Namespace) -> list[Backend]:
     for engine in engines:
         if engine not in backends.ENGINES:
             raise UserError(f"--engines {options.engines}: '{engine}' is not one of {', '.join(backends.ENGINES)}")
-    every = [case for place in options.place for case in cases.matrix(place)]
-    if options.quick:
-        every = [case for place in options.place for case in cases.quick(place)]
     for pattern in options.only:
-        if not cases.select(every, [pattern]):
+        if not any(cases.chosen(place, [pattern], quickly=options.quick) for place in options.place):
             raise UserError(f"--only {pattern}: no case has such a name: --list prints all")
     chosen = backends.known(engines)
     for text in options.backend:
@@ -237,8 +233,7 @@ def main() -> int:
         raise UserError("a comparison needs two CPUs: one for the back-end, one for the front-end")
     if options.list:
         for place in options.place:
-            every = cases.quick(place) if options.quick else cases.matrix(place)
-            print("\n".join(case.name for case in cases.select(every, options.only)))
+            print("\n".join(case.name for case in cases.chosen(place, options.only, quickly=options.quick)))
         print("\n".join(each.name for each in chosen))
         return 0
     if not backends.has_engines():
