@@ -26,7 +26,7 @@ from perf import backends, cases, command_line, front_end, idle, machine, memcpy
 from perf.backends import Backend, Running
 from perf.cases import Case, Place
 from perf.processes import Unavailable
-from perf.summary import MEMCPY, MEMCPY_AHEAD
+from perf.summary import MEMCPY, MEMCPY_AHEAD, READING
 from vvupipe.errors import UserError
 
 _MEMCPY_WORKLOADS = ("randread", "randwrite", "read", "write")
@@ -149,12 +149,18 @@ class Comparison:
         plain = case.depth == _MEMCPY_DEPTH and case.queues == 1 and case.workload in _MEMCPY_WORKLOADS
         if place.direct or not plain:
             return
-        for name, ahead in ((MEMCPY, 1), (MEMCPY_AHEAD, memcpy_limit.AHEAD_MAX)):
+        for name, way in (
+            (MEMCPY, memcpy_limit.ONE),
+            (MEMCPY_AHEAD, memcpy_limit.AHEAD),
+            (READING, memcpy_limit.READING),
+        ):
+            if way == memcpy_limit.READING and case.workload.endswith("write"):
+                continue
             found = memcpy_limit.measure(
-                image, case.workload, case.block_bytes, case.depth, self.options.seconds, self.back_cpu, ahead
+                image, case.workload, case.block_bytes, case.depth, self.options.seconds, self.back_cpu, way
             )
             self.write("measurement", backend=name, case=case.name, round=round_number, **found)
-            say(f"round {round_number + 1}  {case.name:<36} {name:<22} {found['iops']:>12,.0f} copies/s")
+            say(f"round {round_number + 1}  {case.name:<36} {name:<22} {found['iops']:>12,.0f} blocks/s")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

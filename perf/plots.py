@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
 from perf.plain import count
-from perf.summary import MEMCPY, MEMCPY_AHEAD, Record, Results
+from perf.summary import LIMITS, MEMCPY, Record, Results
 
 _DPI = 130
 _THROUGHPUT = ("4k-randread-d32", "4k-randwrite-d32", "4k-randrw-d32", "128k-read-d32", "128k-write-d32")
@@ -53,11 +53,7 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def _backends(results: Results, cases: Sequence[str]) -> list[str]:
-    return [
-        name
-        for name in results.backends
-        if name not in (MEMCPY, MEMCPY_AHEAD) and any(results.of(case, name) for case in cases)
-    ]
+    return [name for name in results.backends if name not in LIMITS and any(results.of(case, name) for case in cases)]
 
 
 def _title(figure: Any, text: str) -> None:
