@@ -38,6 +38,7 @@ DISK = np.dtype(
         ("merge_bytes", "<u8"),  # adjacent requests are done together up to this; 0: never
         ("unsafe", "<i8"),  # 1: a flush does nothing (--cache unsafe)
         ("is_block", "<i8"),  # 1: a block device
+        ("logical_bytes", "<u8"),  # a block device: its logical block, a power of two
         ("can_discard", "<i8"),  # what the file can do (devices/block/image_limits)
         ("can_write_zeroes", "<i8"),
         ("can_punch", "<i8"),

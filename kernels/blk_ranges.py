@@ -6,7 +6,17 @@ from numba import int32, int64, uint64
 from kernels.blk_io import check_range, flush, give_up
 from kernels.blk_request import take_bytes, total_bytes
 from kernels.jit import kernel
-from kernels.memory import EINTR, last_errno, libc_fallocate, libc_ioctl, libc_pwrite, load_u32, load_u64, store_u64
+from kernels.memory import (
+    EINTR,
+    EOPNOTSUPP,
+    last_errno,
+    libc_fallocate,
+    libc_ioctl,
+    libc_pwrite,
+    load_u32,
+    load_u64,
+    store_u64,
+)
 from kernels.status import ERR_BAD_REQUEST, ERR_IO, ERR_UNSUPPORTED, OK
 from kernels.virtio_layout import BLK_RANGE_F_UNMAP, BLK_RANGE_SIZE, RANGE_SECTORS_MAX, RANGES_MAX, SECTOR_SHIFT
 
@@ -15,6 +25,7 @@ _FALLOC_PUNCH_HOLE = np.int32(2)
 _FALLOC_ZERO_RANGE = np.int32(16)
 _BLKDISCARD = np.uint64(0x1277)  # <linux/fs.h>: _IO(0x12, 119), of uint64[2]: start, length
 _ZERO = np.uint64(0)
+_ONE = np.uint64(1)
 _RANGE_BYTES = np.uint64(BLK_RANGE_SIZE)
 
 
@@ -45,12 +56,16 @@ def write_zero_bytes(disk, offset, length):
 
 @kernel
 def discard_range(disk, offset, length, scratch):
-    """Give the range back to whatever stores it. OK or ERR_IO."""
+    """Give the range back to whatever stores it; of a block device whole logical blocks only. OK or ERR_IO."""
     if not disk.is_block:
         return allocate(disk, _FALLOC_PUNCH_HOLE, offset, length)
+    mask = disk.logical_bytes - _ONE
+    start, end = (offset + mask) & ~mask, (offset + length) & ~mask
+    if start >= end:
+        return OK
     disk.waited = 1
-    store_u64(scratch, offset)
-    store_u64(scratch + uint64(8), length)
+    store_u64(scratch, start)
+    store_u64(scratch + uint64(8), end - start)
     return OK if libc_ioctl(int32(disk.fd), _BLKDISCARD, scratch) == 0 else ERR_IO
 
 
@@ -65,7 +80,8 @@ def zero_range(disk, offset, length, unmap):
     if disk.can_zero_range:
         if allocate(disk, _FALLOC_ZERO_RANGE, offset, length) == OK:
             return OK
-        disk.can_zero_range = 0
+        if last_errno() == EOPNOTSUPP:
+            disk.can_zero_range = 0
     return write_zero_bytes(disk, offset, length)
 
 

@@ -40,7 +40,11 @@ device.add_command(discovery)
 @click.option("--cpus", type=CPU_LIST, help="CPUs to pin the workers to, as 0,2-3.  [default: all allowed]")
 @click.option("--num-queues", type=click.IntRange(1, _QUEUES_MAX), default=16, show_default=True)
 @click.option("--queue-size", type=int, default=256, show_default=True, help="Largest vring accepted.")
-@click.option("--block-size", type=SIZE, help="Logical block size in bytes.  [default: 512, more if --direct needs it]")
+@click.option(
+    "--block-size",
+    type=SIZE,
+    help="Logical block size in bytes.  [default: a block device's own, else 512; more if --direct needs it]",
+)
 @click.option("--serial", help="Serial number, at most 20 characters.  [default: made from the path]")
 @click.option(
     "--cache",

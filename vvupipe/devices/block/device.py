@@ -92,6 +92,7 @@ class BlockDevice:
             "direct": image.direct,
             "unsafe": cache == CacheMode.UNSAFE,
             "is_block": stat.S_ISBLK(os.fstat(image.fd).st_mode),
+            "logical_bytes": image.limits.logical_block_bytes,
             "can_discard": self._discard,
             "can_write_zeroes": self._write_zeroes,
             "can_punch": self._unmap,

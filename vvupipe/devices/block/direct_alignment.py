@@ -30,10 +30,13 @@ def of(fd: int) -> int:
     told = _told_by_kernel(fd)
     if told is not None:
         return told
-    if stat.S_ISBLK(os.fstat(fd).st_mode):
-        (logical_bytes,) = struct.unpack("=I", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))
-        return int(logical_bytes)
-    return _tried(fd)
+    return logical_block(fd) if stat.S_ISBLK(os.fstat(fd).st_mode) else _tried(fd)
+
+
+def logical_block(fd: int) -> int:
+    """Bytes of a block device's logical block, a power of two. Raises: OSError when it is none."""
+    (logical_bytes,) = struct.unpack("=I", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))
+    return int(logical_bytes)
 
 
 def _told_by_kernel(fd: int) -> int | None:

@@ -51,7 +51,7 @@ def open_image(
     direct: bool = False,
     lock: bool = True,
 ) -> Image:
-    """Open `path` as a disk of whole blocks. block_size_bytes: None takes 512, or what O_DIRECT needs.
+    """Open `path` as a disk of whole blocks. block_size_bytes: None takes 512, or what the device or O_DIRECT needs.
 
     Raises: UserError with one line that says what is wrong with the file or the numbers.
     """
@@ -91,7 +91,9 @@ def open_image(
 
 def _block_size(path: Path, fd: int, wanted: int | None, *, direct: bool) -> int:
     if not direct:
-        return wanted or SECTOR_BYTES
+        # What is partitioned on the host counts in the device's own blocks.
+        is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        return wanted or (min(direct_alignment.logical_block(fd), BLOCK_SIZES[-1]) if is_device else SECTOR_BYTES)
     needed = direct_alignment.of(fd)
     if needed == 0:
         raise UserError(f"{path}: direct I/O does not work on it: leave --direct away")

@@ -35,6 +35,7 @@ class ImageLimits:
     write_zeroes: bool  #: fallocate(ZERO_RANGE), or PUNCH_HOLE on files where that fails
     write_zeroes_unmap: bool  #: fallocate(PUNCH_HOLE) leaves zeros and gives the space back
     discard_granularity_bytes: int  #: smaller pieces give nothing back; 0: no discard
+    logical_block_bytes: int  #: the unit of what is written, a power of two; 512 for files
     physical_block_bytes: int  #: a power of two, at least 512
     min_io_bytes: int  #: smaller requests cost more
     opt_io_bytes: int  #: the best size of long requests; 0: none is better than others
@@ -62,6 +63,7 @@ def _probe_file(fd: int, status: os.stat_result, read_only: bool) -> ImageLimits
         write_zeroes=zeroes,
         write_zeroes_unmap=punches,
         discard_granularity_bytes=block_bytes if punches else 0,
+        logical_block_bytes=_SMALLEST_BYTES,
         physical_block_bytes=block_bytes,
         min_io_bytes=block_bytes,
         opt_io_bytes=status.st_blksize if status.st_blksize > block_bytes else 0,
@@ -97,6 +99,7 @@ def _probe_block_device(fd: int, device: int, read_only: bool) -> ImageLimits:
         write_zeroes=write_zeroes,
         write_zeroes_unmap=discard and write_zeroes,
         discard_granularity_bytes=granularity_bytes if discard else 0,
+        logical_block_bytes=direct_alignment.logical_block(fd),
         physical_block_bytes=physical_bytes,
         min_io_bytes=max(_ask(fd, _BLKIOMIN), physical_bytes),
         opt_io_bytes=_ask(fd, _BLKIOOPT),

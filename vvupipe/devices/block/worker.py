@@ -38,6 +38,7 @@ _FROM_COORDINATOR = (
     "direct",
     "unsafe",
     "is_block",
+    "logical_bytes",
     "can_discard",
     "can_write_zeroes",
     "can_punch",

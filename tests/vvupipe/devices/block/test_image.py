@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tests import loop_device
 from vvupipe.devices.block.image import open_image
 from vvupipe.errors import UserError
 
@@ -27,6 +28,17 @@ def test_image(image):
     os.ftruncate(disk.fd, 4096)
     assert disk.current_size_bytes() == 4096
     disk.close()
+
+
+@pytest.mark.parametrize("block_bytes", [512, 4096])
+def test_a_block_device_keeps_its_blocks(tmp_path, block_bytes):
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(1 << 20))
+    with loop_device.attached(path, block_bytes) as device:
+        for wanted, offered in ((None, block_bytes), (512, 512), (4096, 4096)):
+            disk = opened(device, block_size_bytes=wanted)
+            assert disk.block_size_bytes == offered
+            disk.close()
 
 
 def test_serial_is_the_same_for_the_same_file(image, tmp_path):

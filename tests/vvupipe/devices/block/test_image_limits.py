@@ -3,13 +3,13 @@
 import ctypes
 import errno
 import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from tests import loop_device
 from vvupipe.devices.block import direct_alignment, image_limits
 from vvupipe.devices.block.image_limits import ImageLimits, probe
 
@@ -163,23 +163,14 @@ def test_alignment_by_trying(folder):
 
 
 @pytest.fixture(params=[512, 4096])
-def loop_device(request, tmp_path):
-    if os.getuid() or not shutil.which("losetup"):
-        pytest.skip("needs root and losetup")
+def block_device(request, tmp_path):
     path = make_image(tmp_path, 8 * KIB * KIB)
-    made = subprocess.run(
-        ["losetup", "-f", "--show", "-b", str(request.param), path], capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"no loop device: {made.stderr.strip()}")
-    try:
-        yield Path(made.stdout.strip()), path, request.param
-    finally:
-        subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+    with loop_device.attached(path, request.param) as device:
+        yield device, path, request.param
 
 
-def test_block_device(loop_device):
-    device, backing, block_bytes = loop_device
+def test_block_device(block_device):
+    device, backing, block_bytes = block_device
     before = facts(backing)
     limits = probed(device)
     assert facts(backing) == before
@@ -188,6 +179,7 @@ def test_block_device(loop_device):
         write_zeroes=True,
         write_zeroes_unmap=True,
         discard_granularity_bytes=max(4 * KIB, block_bytes),
+        logical_block_bytes=block_bytes,
         physical_block_bytes=block_bytes,
         min_io_bytes=block_bytes,
         opt_io_bytes=limits.opt_io_bytes,
@@ -195,8 +187,8 @@ def test_block_device(loop_device):
     )
 
 
-def test_read_only_block_device(loop_device):
-    device, _, block_bytes = loop_device
+def test_read_only_block_device(block_device):
+    device, _, block_bytes = block_device
     limits = probed(device, read_only=True)
     assert abilities(limits) == (False, False, False)
     assert (limits.discard_granularity_bytes, limits.physical_block_bytes) == (0, block_bytes)
