@@ -86,6 +86,8 @@ def push(work, slot):
     """Queue a request for io_uring. False when that does not do its kind, or has no room."""
     request = work.requests[slot]
     fd = int32(work.disk.fd)
+    if uring.polls(work.uring) and request.kind != BLK_T_IN and (request.kind == BLK_T_FLUSH or request.write_through):
+        return False
     if request.kind == BLK_T_FLUSH:
         return uring.push_fsync(work.uring, fd, uint64(slot))
     if (request.kind not in (BLK_T_IN, BLK_T_OUT)) or work.disk.bounces:

@@ -9,7 +9,7 @@ import numpy as np
 from numba import int32, int64, uint8, uint16, uint32, uint64
 
 from kernels import uring_layout as layout
-from kernels.jit import kernel
+from kernels.jit import inlined, kernel
 from kernels.memory import (
     EAGAIN,
     EBUSY,
@@ -85,6 +85,19 @@ def _push(uring, opcode, fd, offset, address, length, op_flags, buffer_index, us
     return True
 
 
+@inlined
+def polls(uring):
+    """Whether completions are looked for at the device (IOPOLL): only plain reads and writes can be done then."""
+    return uring.setup_flags & layout.SETUP_IOPOLL != 0
+
+
+@inlined
+def must_look(uring):
+    """Whether completions come only if this thread enters the kernel: with IOPOLL, unless SQPOLL's thread does it."""
+    looks = uring.setup_flags & (layout.SETUP_IOPOLL | layout.SETUP_SQPOLL)
+    return looks == layout.SETUP_IOPOLL and uring.in_flight > 0
+
+
 @kernel
 def push_rw(uring, writing, fd, iovec_address, segments, length, offset, rw_flags, buffer_index, user_data):
     """Queue a read from, or a write to, a file at `offset`. True when there was room.
@@ -136,12 +149,16 @@ def submit(uring, wait):
 
     Returns how many SQEs the kernel took, or -errno when the ring is of no more use. What it did not take for want of
     memory or of room for completions stays queued: reap, and call again. Also runs completions that wait for this
-    thread; makes no system call when there is nothing to do.
+    thread, with IOPOLL looks for them at the device (Linux waits for the first one only, and looks no more before it is
+    reaped); makes no system call when there is nothing to do.
     """
     store_release_u32(uring.sq_tail, uint32(uring.tail))
     if uring.setup_flags & layout.SETUP_SQPOLL:
         return _submit_polled(uring, wait)
-    if uring.queued == 0 and not load_u32(uring.sq_flags) & _MUST_ENTER and ready(uring) >= min(wait, uring.in_flight):
+    if polls(uring):
+        wait = min(wait, 1)
+    idle = uring.queued == 0 and not load_u32(uring.sq_flags) & _MUST_ENTER and not must_look(uring)
+    if idle and ready(uring) >= min(wait, uring.in_flight):
         return 0
     flags = layout.ENTER_GETEVENTS if wait > 0 or uring.setup_flags & _RUNS_TASK_WORK else 0
     flags = layout.ENTER_GETEVENTS if uring.queued == 0 else flags
@@ -190,14 +207,14 @@ def _submit_polled(uring, wait):
 def want_wakes(uring):
     """Have `event_fd` written for completions from here on. True when there is something to do already: do not sleep.
 
-    An eventfd and not the ring's own fd: from Linux 6.3 on, a completion that waits for its thread (DEFER_TASKRUN)
-    wakes nobody who sleeps in poll on that.
+    With IOPOLL there is, as long as anything is in flight. An eventfd and not the ring's own fd: from Linux 6.3 on, a
+    completion that waits for its thread (DEFER_TASKRUN) wakes nobody who sleeps in poll on that.
     """
     store_u32(uring.cq_flags, uint32(0))
     if uring.queued > 0:
         return True
-    if uring.in_flight == 0:
-        return False
+    if uring.in_flight == 0 or must_look(uring):
+        return uring.in_flight > 0
     full_fence()  # the flag before the look at the CQ: the kernel adds a completion, then looks at the flag
     # A work item that came before the flag has written no eventfd; entering finds it, whatever the CPU reordered.
     failed = uring.setup_flags & _RUNS_TASK_WORK and _enter(uring, 0, 0, layout.ENTER_GETEVENTS) < 0

@@ -25,8 +25,21 @@ fail() {
     finish 125
 }
 
+# A module's parameters, as kernel parameters MODULE.NAME=VALUE.
+module_options() {
+    name=${1##*/}
+    name=${name%%.*}
+    name=${name//-/_}
+    for word in $(cat /proc/cmdline); do
+        case "$word" in
+        "$name".*=*) echo "${word#*.}" ;;
+        esac
+    done
+}
+
 while read -r need path; do
-    if ! insmod "/modules/$path" 2>/tmp/insmod && [ "$need" = required ]; then
+    # shellcheck disable=SC2046
+    if ! insmod "/modules/$path" $(module_options "$path") 2>/tmp/insmod && [ "$need" = required ]; then
         fail "cannot load $path: $(cat /tmp/insmod)"
     fi
 done </etc/guest/modules

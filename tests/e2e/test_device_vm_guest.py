@@ -30,7 +30,8 @@ def sibling(vm, address, script, **options):
 def vm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scene")
     proxies = {ADDRESS: folder / "a.sock", OTHER: folder / "b.sock"}
-    with DeviceVm(folder, proxies, "--trace", folder / "trace.txt") as vm:
+    disk = ["--block", make_image(folder, "disk.img", 64 * MIB), "-p", "virtio_blk.poll_queues=1"]
+    with DeviceVm(folder, proxies, "--trace", folder / "trace.txt", *disk) as vm:
         yield vm
 
 
@@ -87,6 +88,26 @@ def test_two_siblings_at_once_one_with_memory_of_its_own(vm):
     assert (end.status, end.script_status) == (0, 0), (end, vm.said)
     assert "MiB of a sibling's memory" in vm.said
     vm.check(f"kill {' '.join(map(str, pids))}; wait")
+
+
+def interrupts_of_the_disk(vm):
+    lines = vm.check("grep virtio0-req /proc/interrupts").splitlines()
+    return sum(int(count) for line in lines for count in line.split()[1:3])
+
+
+def test_a_disk_whose_completions_are_polled_for(vm):
+    """The guest has what the host seldom has, a device with polled queues; both ends run in it."""
+    vm.check("mkdir -m 700 /run/polled && export XDG_RUNTIME_DIR=/run/polled")
+    before = interrupts_of_the_disk(vm)
+    serve = ["device", "block", "--socket", "/run/polled/s", "--file", "/dev/vda", "--direct", "--iopoll"]
+    pid = vm.check(f"{guest_command(*serve)} >/share/polled.log 2>&1 & echo $!").strip()
+    verify = ["run", "--vhost-user-blk", "/run/polled/s", "--workload", "verify", "--size", "4m", "--json"]
+    found = json.loads(vm.check(f"{guest_command(*verify)} 2>/dev/null"))["workload"]
+    assert (found["ok"], found["verified_blocks"], found["flushes"]) == (True, 1024, 1)
+    # The flush is an interrupt, and each of 2048 reads and writes would be one.
+    assert interrupts_of_the_disk(vm) - before < 100
+    vm.check(f"kill {pid} && wait {pid}")
+    assert "engine uring" in (vm.folder / "polled.log").read_text()
 
 
 def foreign_front_end(folder, socket, memory, mem_mib, script):

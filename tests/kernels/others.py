@@ -11,19 +11,23 @@ from kernels import blk_helper, helper_record
 from kernels.blk_disk import BOUNCE_BYTES, DISK
 from kernels.request_record import BOARD, NOBODY, REQUEST, REQUESTS_MAX, SEGMENT_ROWS, lay_out
 from kernels.uring_layout import URING
+from tests.kernels.uring_jobs import AS_IF_POLLED, open_ring
 from vvupipe.workers.helpers import Helpers
-from vvupipe.workers.io_uring import IoUring, available
+from vvupipe.workers.io_uring import available
 
 
 class Others:
-    """The slots for requests under way, and who does them. threads: False leaves the helpers to the test."""
+    """The slots for requests under way, and who does them. threads: False leaves the helpers to the test.
 
-    def __init__(self, *, uring=False, helpers=0, threads=True):
+    as_if_polled: see uring_jobs.
+    """
+
+    def __init__(self, *, uring=False, as_if_polled=False, helpers=0, threads=True):
         self.segments = np.zeros((SEGMENT_ROWS, 2), np.uint64)
         self.requests = np.zeros(REQUESTS_MAX, REQUEST)
         self.boards = np.zeros(1, BOARD)
         self.tokens, self.results = np.zeros(REQUESTS_MAX, np.uint64), np.zeros(REQUESTS_MAX, np.int64)
-        self._uring = IoUring.open(REQUESTS_MAX) if uring else None
+        self._uring = open_ring(AS_IF_POLLED if as_if_polled else "best", REQUESTS_MAX) if uring else None
         self.urings = self._uring.record if uring else np.zeros(1, URING)
         if not uring:
             self.urings["fd"] = -1
@@ -105,7 +109,11 @@ needs_io_uring = pytest.mark.skipif(available() is not None, reason=f"io_uring: 
 @functools.cache
 def shared(kind):
     """One for all tests of a process, because helper threads end with it."""
-    return Others(uring=kind == "uring", helpers={"alone": 0, "uring": 2, "helpers": 4}[kind])
+    return Others(
+        uring=kind in ("uring", "polled"),
+        as_if_polled=kind == "polled",
+        helpers={"alone": 0, "uring": 2, "polled": 2, "helpers": 4}[kind],
+    )
 
 
 @functools.cache

@@ -24,6 +24,7 @@ KINDS = pytest.mark.parametrize(
     "kind",
     [
         pytest.param("uring", marks=needs_io_uring),
+        pytest.param("polled", marks=needs_io_uring),
         "helpers",
     ],
 )

@@ -16,7 +16,18 @@ import pytest
 from kernels import uring
 from kernels import uring_layout as layout
 from tests.kernels.others import needs_io_uring
-from tests.kernels.uring_jobs import EVERY_MODE, Memory, finish, iovec, open_ring, push_rw, read_blocks, reap
+from tests.kernels.uring_jobs import (
+    AS_IF_POLLED,
+    EVERY_MODE,
+    Memory,
+    finish,
+    iovec,
+    open_ring,
+    push_rw,
+    read_blocks,
+    reap,
+)
+from vvupipe.workers.io_uring import IoUring
 
 pytestmark = [pytest.mark.timeout(120), needs_io_uring]
 
@@ -385,6 +396,41 @@ def test_completion_before_the_wish_to_be_woken_forbids_sleep(ring, image):
     uring.refuse_wakes(record)
     assert finish(ring) == [(99, _BLOCK)]
     assert poll.poll(0) == [], "nothing is written while nobody sleeps"
+
+
+def test_a_ring_that_is_polled_forbids_sleep_while_anything_is_under_way(image):
+    fd, _, _ = image
+    memory = Memory(_BLOCK)
+    with open_ring(AS_IF_POLLED) as ring:
+        record = ring.record[0]
+        for turn in range(3):
+            assert not uring.want_wakes(record)
+            assert push_rw(ring, False, fd, iovec((memory.address, _BLOCK)), 0, turn)
+            assert uring.submit(record, 0) == 1
+            assert uring.want_wakes(record)
+            enters = int(record["enters"])
+            assert uring.submit(record, 0) == 0
+            assert int(record["enters"]) == enters + 1, "it looks"
+            uring.submit(record, 1)
+            assert reap(ring) == [(turn, _BLOCK)]
+            enters = int(record["enters"])
+            assert uring.submit(record, 0) == 0
+            assert int(record["enters"]) == enters
+
+
+def test_what_cannot_be_polled_says_so(image):
+    """Which is every file here; requests are then done in another way (kernels/blk_later.py, do_again)."""
+    fd, _, _ = image
+    memory = Memory(_BLOCK)
+    with IoUring.open(8, iopoll=True) as ring:
+        assert push_rw(ring, False, fd, iovec((memory.address, _BLOCK)), 0, 1)
+        assert uring.push_fsync(ring.record[0], fd, 2)
+        found = []
+        while len(found) < 2:
+            found += finish(ring)
+        ((read, result), (sync, failed)) = sorted(found)
+        assert (read, sync, failed) == (1, 2, -errno.EINVAL)
+        assert result in (-errno.EOPNOTSUPP, _BLOCK), "a device with polled queues reads it"
 
 
 def test_a_submission_thread_that_slept_is_woken(image):

@@ -12,12 +12,20 @@ from kernels.jit import kernel
 from vvupipe.workers.io_uring import MODES, SQPOLL_MODES, IoUring
 
 NAMES = ("defer", "coop", "plain", "sqpoll-single", "sqpoll")
+#: An ordinary ring whose record says IOPOLL: a device with polled queues is seldom at hand, its kernels can be run.
+AS_IF_POLLED = "as if polled"
 EVERY_MODE = dict(zip(NAMES, (*MODES, *SQPOLL_MODES), strict=True))
 SQPOLL_IDLE_MS = 5
 
 
 def open_ring(mode, entries=8):
-    return IoUring(entries, EVERY_MODE[mode], SQPOLL_IDLE_MS)
+    """mode: one of EVERY_MODE, AS_IF_POLLED, or anything else for the best."""
+    if mode in EVERY_MODE:
+        return IoUring(entries, EVERY_MODE[mode], SQPOLL_IDLE_MS)
+    ring = IoUring.open(entries)
+    if mode == AS_IF_POLLED:
+        ring.record["setup_flags"] |= layout.SETUP_IOPOLL
+    return ring
 
 
 class Memory:

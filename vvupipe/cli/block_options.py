@@ -45,6 +45,7 @@ class BlockOptions:
     direct: bool
     engine: str
     sqpoll: bool
+    iopoll: bool
     pin_memory: bool
     sparse: bool
     lock: bool

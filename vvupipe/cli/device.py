@@ -63,6 +63,9 @@ device.add_command(discovery)
     "auto takes mmap, with --direct uring, and sync where those cannot be.",
 )
 @click.option("--sqpoll", is_flag=True, help="Have a thread of the kernel take io_uring's requests: it spins.")
+@click.option(
+    "--iopoll", is_flag=True, help="With --direct: look for completions at the device, which spins meanwhile."
+)
 @click.option("--pin-memory", is_flag=True, help="Register guest memory with io_uring: all of it is pinned.")
 @click.option("--sparse/--no-sparse", default=True, show_default=True, help="Offer discard; punch holes for zeroes.")
 @click.option("--lock/--no-lock", default=True, show_default=True, help="Lock the image as QEMU does.")
@@ -113,7 +116,13 @@ async def _serve_block(options: BlockOptions) -> int:
         direct=options.direct,
         lock=options.lock,
     )
-    engine = choose(Engine(options.engine), image, sqpoll=options.sqpoll, pin_memory=options.pin_memory)
+    engine = choose(
+        Engine(options.engine),
+        image,
+        sqpoll=options.sqpoll,
+        iopoll=options.iopoll,
+        pin_memory=options.pin_memory,
+    )
     transport: Transport
     if options.socket is not None:
         transport = SocketTransport.listen(options.socket)

@@ -43,7 +43,10 @@ class IoUring:
     """
 
     def __init__(self, entries: int, flags: int, sqpoll_idle_ms: int = 0) -> None:
-        """Set up a ring in one way (`flags` of MODES or SQPOLL_MODES). Raises: OSError. Others call `open`."""
+        """Set up a ring in one way (`flags` of MODES or SQPOLL_MODES, IOPOLL besides or not).
+
+        Raises: OSError. Others call `open`.
+        """
         parameters = np.zeros(1, layout.PARAMS)
         parameters["flags"] = flags | layout.SETUP_CQSIZE
         parameters["cq_entries"] = 2 << (entries - 1).bit_length()  # twice the SQ, which is a power of two
@@ -61,11 +64,12 @@ class IoUring:
             raise
 
     @classmethod
-    def open(cls, entries: int, *, sqpoll: bool = False, sqpoll_idle_ms: int = 50) -> IoUring:
+    def open(cls, entries: int, *, sqpoll: bool = False, iopoll: bool = False, sqpoll_idle_ms: int = 50) -> IoUring:
         """A ring with room for `entries` requests (1 to 32768, rounded up to a power of two), the best that Linux has.
 
         sqpoll: a thread of the kernel takes requests; it sleeps after `sqpoll_idle_ms` without one. Before
         Linux 5.11 it takes only requests for the registered file.
+        iopoll: completions are looked for at the device, which must have polled queues; for plain direct I/O only.
         Raises: OSError, its message says why; ValueError.
         """
         if not 1 <= entries <= layout.ENTRIES_MAX:
@@ -73,7 +77,7 @@ class IoUring:
         modes = SQPOLL_MODES if sqpoll else MODES
         for flags in modes:
             try:
-                return cls(entries, flags, sqpoll_idle_ms if sqpoll else 0)
+                return cls(entries, flags | (layout.SETUP_IOPOLL if iopoll else 0), sqpoll_idle_ms if sqpoll else 0)
             except OSError as error:
                 if error.errno != errno.EINVAL or flags == modes[-1]:
                     raise OSError(error.errno, f"io_uring cannot be used: {calls.reason(error)}") from error

@@ -82,6 +82,11 @@ def test_engine_that_does_not_go_with_sqpoll(vvupipe, image):
     assert_refused(finished, "--sqpoll")
 
 
+def test_polling_of_a_device_that_cannot_be_polled(vvupipe, image):
+    finished = vvupipe("device", "block", "--file", image, "--socket", "s", "--iopoll")
+    assert_refused(finished, "--iopoll", "add --direct")
+
+
 @pytest.mark.parametrize("cpus", ["x", "0-", "4095", "1-0", "0,0"])
 def test_cpus(vvupipe, image, cpus):
     assert_refused(vvupipe("device", "block", "--file", image, "--socket", "s", "--cpus", cpus), "CPU")

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from vvupipe.devices.block import file_memory
 from vvupipe.devices.block.image import Image
 from vvupipe.errors import UserError
-from vvupipe.workers import io_uring
+from vvupipe.workers import io_uring, polled_queues
 
 _MERGE_BYTES = 256 << 10
+_FOR_URING = "--sqpoll, --iopoll and --pin-memory"
 _HELPERS = 16
 _HELPERS_BESIDE_URING = 4  # for what io_uring does not do
 
@@ -33,21 +34,26 @@ class EngineChoice:
     engine: Engine
     uring: bool
     sqpoll: bool = False
+    iopoll: bool = False  #: completions are looked for at the device
     pin_memory: bool = False  #: the front-end's memory is registered with io_uring
     writable_map: bool = False  #: writes are copied into the mapping
     map_always: bool = False  #: what is mapped is never on a disk (DAX)
 
 
-def choose(wanted: Engine, image: Image, *, sqpoll: bool = False, pin_memory: bool = False) -> EngineChoice:
+def choose(
+    wanted: Engine, image: Image, *, sqpoll: bool = False, iopoll: bool = False, pin_memory: bool = False
+) -> EngineChoice:
     """What `wanted` comes to for the image on this machine.
 
     Raises: UserError when it is not possible.
     """
-    if wanted == Engine.SYNC and (sqpoll or pin_memory):
-        raise UserError("--sqpoll and --pin-memory are for io_uring, which --engine sync does not use: leave them away")
+    if wanted == Engine.SYNC and (sqpoll or iopoll or pin_memory):
+        raise UserError(f"{_FOR_URING} are for io_uring, which --engine sync does not use: leave them away")
+    if iopoll and not image.direct:
+        raise UserError("--iopoll is for what goes around the page cache: add --direct")
     missing = "not wanted" if wanted == Engine.SYNC else io_uring.available()
-    if missing and (wanted == Engine.URING or sqpoll or pin_memory):
-        hint = "use --engine sync" if wanted == Engine.URING else "leave --sqpoll and --pin-memory away"
+    if missing and (wanted == Engine.URING or sqpoll or iopoll or pin_memory):
+        hint = "use --engine sync" if wanted == Engine.URING else f"leave {_FOR_URING} away"
         raise UserError(f"io_uring cannot be used: {missing}: {hint}")
     if wanted == Engine.MMAP and image.direct:
         raise UserError("--engine mmap goes through the page cache and --direct around it: leave one of them away")
@@ -63,13 +69,15 @@ def choose(wanted: Engine, image: Image, *, sqpoll: bool = False, pin_memory: bo
         readable = False
     if wanted == Engine.AUTO:
         wanted = Engine.MMAP if readable else Engine.SYNC if missing else Engine.URING
+    if iopoll and (why := polled_queues.missing(image.fd, image.limits.direct_alignment_bytes)):
+        raise UserError(f"--iopoll: completions on {image.path} cannot be polled for: {why}; or leave --iopoll away")
     if wanted != Engine.MMAP:
-        return EngineChoice(wanted, not missing, sqpoll, pin_memory)
+        return EngineChoice(wanted, not missing, sqpoll, iopoll, pin_memory)
     dax = file_memory.is_dax(image.fd)
     # Elsewhere each page that was written back takes a fault when it is written again: pwritev costs less.
     in_memory = dax or file_memory.is_tmpfs(image.fd)
     writable = in_memory and not image.read_only and _maps(image, mmap.PROT_READ | mmap.PROT_WRITE)
-    return EngineChoice(wanted, not missing, sqpoll, pin_memory, writable, dax)
+    return EngineChoice(wanted, not missing, sqpoll, False, pin_memory, writable, dax)
 
 
 def _may_see_what_is_in_memory(image: Image) -> bool:
@@ -97,6 +105,7 @@ def engine_fields(choice: EngineChoice, image: Image) -> dict[str, int]:
         "merge_bytes": _MERGE_BYTES,
         "uring": choice.uring,
         "sqpoll": choice.sqpoll,
+        "iopoll": choice.iopoll,
         "registers": choice.pin_memory,
         "helpers": _HELPERS_BESIDE_URING if choice.uring else _HELPERS,
     }

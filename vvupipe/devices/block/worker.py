@@ -122,7 +122,8 @@ class BlockKernel:
         self._board["stages"] = loop["stages"][0]
         if fields["uring"]:
             with _on_other_cpus() if fields["sqpoll"] else contextlib.nullcontext():
-                self._uring = IoUring.open(request.REQUESTS_MAX, sqpoll=bool(fields["sqpoll"]))
+                ways = {name: bool(fields[name]) for name in ("sqpoll", "iopoll")}
+                self._uring = IoUring.open(request.REQUESTS_MAX, **ways)
             self._uring.register_file(self._unlocked_fd())
         self._registers = bool(fields["registers"])
         self._helpers = Helpers(int(fields["helpers"]))

@@ -1,6 +1,7 @@
 """Which engine an image gets, and the one line for what is not possible."""
 
 import os
+import types
 
 import pytest
 
@@ -10,6 +11,7 @@ from vvupipe.devices.block.image import open_image
 from vvupipe.errors import UserError
 
 NONE = "this kernel has none"
+FOR_URING = "--sqpoll, --iopoll and --pin-memory"
 
 
 @pytest.fixture
@@ -32,6 +34,7 @@ class Direct:
     """An image that was opened with O_DIRECT, wherever the tests run."""
 
     direct, read_only, path, fd, size_bytes = True, False, "disk.img", -1, 1 << 16
+    limits = types.SimpleNamespace(direct_alignment_bytes=512)
 
 
 @pytest.mark.parametrize("missing", [None, NONE])
@@ -106,8 +109,8 @@ def test_uring_and_sqpoll(monkeypatch, image):
     ("wanted", "sqpoll", "words"),
     [
         (Engine.URING, False, "io_uring cannot be used: this kernel has none: use --engine sync"),
-        (Engine.AUTO, True, "io_uring cannot be used: this kernel has none: leave --sqpoll and --pin-memory away"),
-        (Engine.MMAP, True, "io_uring cannot be used: this kernel has none: leave --sqpoll and --pin-memory away"),
+        (Engine.AUTO, True, f"io_uring cannot be used: this kernel has none: leave {FOR_URING} away"),
+        (Engine.MMAP, True, f"io_uring cannot be used: this kernel has none: leave {FOR_URING} away"),
     ],
 )
 def test_without_io_uring(monkeypatch, image, wanted, sqpoll, words):
@@ -121,6 +124,23 @@ def test_sync_and_sqpoll_do_not_go_together(monkeypatch, image):
     given(monkeypatch, None)
     with pytest.raises(UserError, match="which --engine sync does not use: leave them away"):
         choose(Engine.SYNC, opened(image), sqpoll=True)
+
+
+def test_polling_for_completions(monkeypatch, image):
+    given(monkeypatch, None)
+    asked = []
+    monkeypatch.setattr(engine.polled_queues, "missing", lambda *arguments: asked.append(arguments))
+    for wanted in (Engine.AUTO, Engine.URING):
+        assert choose(wanted, Direct, iopoll=True) == EngineChoice(Engine.URING, True, iopoll=True)
+    assert asked == [(-1, 512)] * 2
+    assert engine_fields(EngineChoice(Engine.URING, True, iopoll=True), Direct)["iopoll"]
+    with pytest.raises(UserError, match="--iopoll is for what goes around the page cache: add --direct"):
+        choose(Engine.AUTO, opened(image), iopoll=True)
+    with pytest.raises(UserError, match="which --engine sync does not use"):
+        choose(Engine.SYNC, Direct, iopoll=True)
+    monkeypatch.setattr(engine.polled_queues, "missing", lambda *_: "it is slow")
+    with pytest.raises(UserError, match=r"--iopoll: completions on disk\.img cannot be polled for: it is slow"):
+        choose(Engine.AUTO, Direct, iopoll=True)
 
 
 def test_mapping_and_direct_io_do_not_go_together(monkeypatch):
