@@ -15,6 +15,17 @@ _ZERO = uint64(0)
 
 
 @kernel
+def copy_all(segments, first, end, buffer, gather):
+    """Copy all bytes of segments[first:end] to `buffer` (gather), or from there. The rows stay as they are."""
+    for k in range(first, end):
+        if gather:
+            copy_bytes(buffer, segments[k, 0], segments[k, 1])
+        else:
+            copy_bytes(segments[k, 0], buffer, segments[k, 1])
+        buffer += segments[k, 1]
+
+
+@kernel
 def copy_segments(segments, first, end, buffer, count, gather):
     """Copy `count` bytes between the segments and `buffer`, and cut them off. Returns the first segment left."""
     while count > _ZERO and first < end:

@@ -8,6 +8,8 @@ import numpy as np
 SEGMENTS_EACH = 256
 #: Room for what is read or written by way of this process.
 BOUNCE_BYTES = 1 << 20
+#: And for each request under way, for what io_uring reads or writes: longer ones are a helper's.
+BOUNCE_ROOM_BYTES = 256 << 10
 GRANULE_SHIFT = 16
 #: Bytes that mincore writes for a granule of the mapping.
 VECTOR_BYTES = max(1, (1 << GRANULE_SHIFT) // mmap.PAGESIZE)
@@ -32,6 +34,7 @@ DISK = np.dtype(
         ("disk_errors", "<u8"),
         ("disk_errno", "<u8"),
         ("bounce_address", "<u8"),  # BOUNCE_BYTES of this process
+        ("bounce_rooms", "<u8"),  # BOUNCE_ROOM_BYTES for each slot of a request under way; 0: none
         ("bounces", "<i8"),  # 1: the kernel refused guest memory once, so do not try again
         ("direct", "<i8"),  # 1: opened with O_DIRECT, which not every piece of guest memory is aligned for
         ("nowait", "<i8"),  # 1: try to read without waiting for the disk (RWF_NOWAIT) before somebody else reads

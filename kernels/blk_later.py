@@ -9,7 +9,8 @@ from numba import int32, int64, uint64
 from kernels import helper, helper_record, uring
 from kernels import stage_layout as stage
 from kernels.blk_answer import answer
-from kernels.blk_disk import SEGMENTS_EACH
+from kernels.blk_bounce import copy_all
+from kernels.blk_disk import BOUNCE_ROOM_BYTES, SEGMENTS_EACH
 from kernels.blk_io import note_failure
 from kernels.image_map import forget_marks
 from kernels.jit import inlined, kernel
@@ -82,6 +83,18 @@ def registered(work, first, rows):
 
 
 @kernel
+def bounce_room(work, slot):
+    """Address of the slot's memory that io_uring takes, whatever guest memory is."""
+    return work.disk.bounce_rooms + uint64(slot) * uint64(BOUNCE_ROOM_BYTES)
+
+
+@kernel
+def has_bounce_room(work, slot):
+    """Whether there is one that is large enough for the request and those merged into it."""
+    return work.disk.bounce_rooms != _ZERO and work.requests[slot].whole_length <= uint64(BOUNCE_ROOM_BYTES)
+
+
+@kernel
 def push(work, slot):
     """Queue a request for io_uring. False when that does not do its kind, or has no room."""
     request = work.requests[slot]
@@ -90,10 +103,21 @@ def push(work, slot):
         return False
     if request.kind == BLK_T_FLUSH:
         return uring.push_fsync(work.uring, fd, uint64(slot))
-    if (request.kind not in (BLK_T_IN, BLK_T_OUT)) or work.disk.bounces:
+    if request.kind not in (BLK_T_IN, BLK_T_OUT):
         return False
     writing = request.kind == BLK_T_OUT
+    flags = _RWF_DSYNC if writing and request.write_through else int32(0)
+    offset = request.sector << uint64(SECTOR_SHIFT)
     first = room_of(slot)
+    request.bounced = work.disk.bounces
+    if request.bounced:
+        if not has_bounce_room(work, slot):
+            return False
+        room = bounce_room(work, slot)
+        if writing:
+            copy_all(work.segments, first, request.whole_end, room, True)
+        length = request.whole_length
+        return uring.push_block(work.uring, writing, fd, room, length, offset, flags, -1, uint64(slot))
     rows = request.whole_end - first
     return uring.push_rw(
         work.uring,
@@ -102,8 +126,8 @@ def push(work, slot):
         uint64(work.segments.ctypes.data) + uint64(16) * uint64(first),
         rows,
         request.whole_length,
-        request.sector << uint64(SECTOR_SHIFT),
-        _RWF_DSYNC if writing and request.write_through else int32(0),
+        offset,
+        flags,
         registered(work, first, rows),
         uint64(slot),
     )
@@ -291,13 +315,15 @@ def collect_uring(work):
         request = work.requests[slot]
         wanted = int64(0) if request.kind == BLK_T_FLUSH else int64(request.whole_length)
         if int64(work.results[k]) == wanted:
+            if request.kind == BLK_T_IN and request.bounced:
+                copy_all(work.segments, room_of(slot), request.whole_end, bounce_room(work, slot), False)
             ended += end_whole(work, slot, OK)
         elif failed_for_good(request.kind, int64(work.results[k])):
             note_failure(work.disk, -int64(work.results[k]))
             ended += end_whole(work, slot, int64(ERR_IO))
         else:
             if int64(work.results[k]) == -EFAULT:
-                work.disk.bounces = 1  # helpers copy such memory, and io_uring need not try again
+                work.disk.bounces = 1  # such memory is copied from now on
             do_again(work, slot)
     return ended
 

@@ -32,6 +32,7 @@ REQUEST = np.dtype(
         ("last_merged", "<i8"),
         ("whole_end", "<i8"),  # end and length with those merged into it
         ("whole_length", "<u8"),
+        ("bounced", "<i8"),  # 1: io_uring reads or writes its slot's bounce room in place of guest memory
         ("status", "<i8"),  # OK or ERR_*, when a helper has done it
     ],
     align=True,

@@ -99,6 +99,17 @@ def must_look(uring):
 
 
 @kernel
+def push_block(uring, writing, fd, address, count, offset, rw_flags, buffer_index, user_data):
+    """push_rw for `count` bytes that lie in one piece."""
+    count = min(count, RW_BYTES_MAX)
+    if buffer_index >= 0:
+        opcode = layout.OP_WRITE_FIXED if writing else layout.OP_READ_FIXED
+        return _push(uring, opcode, fd, offset, address, count, rw_flags, buffer_index, user_data)
+    opcode = layout.OP_WRITE if writing else layout.OP_READ
+    return _push(uring, opcode, fd, offset, address, count, rw_flags, 0, user_data)
+
+
+@kernel
 def push_rw(uring, writing, fd, iovec_address, segments, length, offset, rw_flags, buffer_index, user_data):
     """Queue a read from, or a write to, a file at `offset`. True when there was room.
 
@@ -111,12 +122,8 @@ def push_rw(uring, writing, fd, iovec_address, segments, length, offset, rw_flag
     """
     if segments == 1:
         address = load_u64(uint64(iovec_address))
-        count = min(load_u64(uint64(iovec_address) + _IOVEC_BYTES), uint64(length), RW_BYTES_MAX)
-        if buffer_index >= 0:
-            opcode = layout.OP_WRITE_FIXED if writing else layout.OP_READ_FIXED
-            return _push(uring, opcode, fd, offset, address, count, rw_flags, buffer_index, user_data)
-        opcode = layout.OP_WRITE if writing else layout.OP_READ
-        return _push(uring, opcode, fd, offset, address, count, rw_flags, 0, user_data)
+        count = min(load_u64(uint64(iovec_address) + _IOVEC_BYTES), uint64(length))
+        return push_block(uring, writing, fd, address, count, offset, rw_flags, buffer_index, user_data)
     opcode = layout.OP_WRITEV if writing else layout.OP_READV
     return _push(uring, opcode, fd, offset, uint64(iovec_address), uint64(segments), rw_flags, 0, user_data)
 

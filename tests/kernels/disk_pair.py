@@ -1,16 +1,18 @@
 """A disk for serve_ring, and the model of a block device on an equal image."""
 
+import ctypes
 import mmap
 import os
 
 import numpy as np
 
 from kernels import control_block as cb
-from kernels.blk_disk import BOUNCE_BYTES, DISK, GRANULE_SHIFT, VECTOR_BYTES
+from kernels.blk_disk import BOUNCE_BYTES, BOUNCE_ROOM_BYTES, DISK, GRANULE_SHIFT, VECTOR_BYTES
 from kernels.blk_queue import end_some, serve_ring
 from kernels.blk_work import BlockWork
 from kernels.blk_worker import OWN_POLLFDS, drain
 from kernels.loop_record import POLLFD, POLLIN
+from kernels.request_record import REQUESTS_MAX
 from kernels.ring_record import CHAIN, CHAINS_MAX
 from tests.kernels.others import shared
 from tests.kernels.ring_pair import ONE
@@ -23,6 +25,7 @@ SERIAL = b"serial number" + bytes(7)
 _COPIED = np.zeros((32768, 2), np.uint64)
 _SCRATCH = np.zeros(64, np.uint8)
 _ROOM = np.zeros(BOUNCE_BYTES, np.uint8)
+_ROOMS = mmap.mmap(-1, REQUESTS_MAX * BOUNCE_ROOM_BYTES)  # pages, as direct I/O wants them
 _ZEROS = np.zeros(BOUNCE_BYTES, np.uint8)
 _SERIAL = np.frombuffer(SERIAL, np.uint8).copy()
 _WORKER = np.zeros(1, cb.WORKER)
@@ -49,7 +52,7 @@ class DiskPair:
         disk["fd"], disk["capacity_sectors"], disk["read_only"] = self.fd, sectors, read_only
         disk["id_address"], disk["bounce_address"] = _SERIAL.ctypes.data, _ROOM.ctypes.data
         disk["zeros_address"], disk["zeros_bytes"] = _ZEROS.ctypes.data, BOUNCE_BYTES
-        disk["bounces"] = bounces
+        disk["bounce_rooms"], disk["bounces"] = ctypes.addressof(ctypes.c_char.from_buffer(_ROOMS)), bounces
         for name in ("bus_errors", "memory_errors", "disk_errors", "disk_errno"):
             disk[name] = _WORKER.ctypes.data + cb.offset_of(cb.WORKER, name)
         for name in ("can_discard", "can_write_zeroes", "can_punch", "can_zero_range"):

@@ -54,6 +54,23 @@ def test_bytes_go_where_they_belong(file, sizes, offset, writing):
         assert memory.tobytes() == before.tobytes()
 
 
+def test_the_rows_stay_as_they_are_when_all_is_copied_at_once():
+    memory = np.frombuffer(bytearray(np.random.default_rng(3).bytes(8192)), np.uint8)
+    rows = np.array(
+        [(memory.ctypes.data + 4096, 100), (memory.ctypes.data, 0), (memory.ctypes.data + 7, 513)], np.uint64
+    )
+    before, contents = rows.copy(), memory.copy()
+    buffer = np.zeros(1024, np.uint8)
+    blk_bounce.copy_all(rows, 0, 3, np.uint64(buffer.ctypes.data), True)
+    assert buffer.tobytes() == contents[4096:4196].tobytes() + contents[7:520].tobytes() + bytes(1024 - 613)
+    buffer[:613] = np.arange(613) % 251
+    blk_bounce.copy_all(rows, 0, 3, np.uint64(buffer.ctypes.data), False)
+    assert memory[4096:4196].tobytes() + memory[7:520].tobytes() == buffer[:613].tobytes()
+    memory[4096:4196], memory[7:520] = contents[4096:4196], contents[7:520]
+    assert (memory == contents).all(), "nothing else was written"
+    assert (rows == before).all()
+
+
 def test_the_end_of_the_file_is_an_error(file):
     memory = np.zeros(8192, np.uint8)
     assert transfer(file, memory, [(0, 8192)], FILE_BYTES - 4096, False) == ERR_IO

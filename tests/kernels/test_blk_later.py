@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kernels import status
+from kernels.blk_disk import BOUNCE_ROOM_BYTES
 from kernels.blk_queue import TURN
 from kernels.request_record import REQUESTS_MAX
 from tests.kernels.batch_disk import batch_disk
@@ -341,15 +342,28 @@ def test_memory_that_cannot_be_pinned_is_copied(packed, kind, direct_file):
         here = 1 << 40
         world.regions = np.array([*world.regions, [here, PAGE, page, 0, 1]], np.uint64)
         world.memory.write = refuse_above(world.memory.write, here)
-        batch = world.batch
+        batch, urings = world.batch, world.disk.others.urings
         odd = batch.put(OUT, 8, bytes(PAGE), buffer=here)
         even = batch.put(OUT, 32, b"e" * PAGE, buffer=world.memory.allocate(PAGE, PAGE))
         batch.show()
         world.serve_all()
         assert (odd.status, even.status) == (OK, OK)
         assert world.board["redone"] == (1 if kind != "helpers" else 0)
+        # From then on io_uring reads and writes a copy.
+        before = int(urings["submitted"][0])
+        read, long_read = batch.put(IN, 64, size=2 * PAGE), batch.put(IN, 128, size=BOUNCE_ROOM_BYTES + 512)
+        again = batch.put(OUT, 96, b"a" * PAGE, buffer=world.memory.allocate(PAGE, PAGE))
+        batch.show()
+        world.serve_all()
+        assert int(urings["submitted"][0]) - before == (2 if kind != "helpers" else 0)
+        assert world.board["redone"] == (1 if kind != "helpers" else 0)
+        for request in (read, long_read):
+            start = request.sector * 512
+            assert (request.status, request.data) == (OK, world.content[start : start + len(request.data)])
+        assert again.status == OK
         world.check_done()
         image = image_of(world)
+        assert image[96 * 512 : 96 * 512 + PAGE] == b"a" * PAGE
         assert image[32 * 512 : 32 * 512 + PAGE] == b"e" * PAGE
         written, seen = image[8 * 512 : 8 * 512 + PAGE], ctypes.string_at(page, PAGE)
         assert sum(a != b for a, b in zip(written, seen, strict=True)) < 256, "but for what the clock has changed"

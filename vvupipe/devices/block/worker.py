@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from kernels import control_block as layout
 from kernels import request_record as request
-from kernels.blk_disk import BOUNCE_BYTES, DISK, GRANULE_SHIFT, VECTOR_BYTES
+from kernels.blk_disk import BOUNCE_BYTES, BOUNCE_ROOM_BYTES, DISK, GRANULE_SHIFT, VECTOR_BYTES
 from kernels.blk_parts import PARTS
 from kernels.region_table import ADDRESS, SIZE
 from kernels.ring_record import CHAIN, CHAINS_MAX
@@ -74,6 +74,9 @@ class BlockKernel:
         self._vector = np.zeros(VECTOR_BYTES, np.uint8)
         # Pages of their own, as direct I/O wants them.
         self._bounce = mmap.mmap(-1, BOUNCE_BYTES)
+        # Which has pages as far as it was needed, and most front-ends' memory needs none.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)  # not in every Python
+        self._bounce_rooms = mmap.mmap(-1, request.REQUESTS_MAX * BOUNCE_ROOM_BYTES, flags)
         self._zeros = mmap.mmap(-1, BOUNCE_BYTES)
         self._segments = np.zeros((request.SEGMENT_ROWS, 2), np.uint64)
         self._copied = np.zeros((QUEUE_SIZE_MAX, 2), np.uint64)
@@ -108,6 +111,7 @@ class BlockKernel:
         disk["id_address"] = self._serial.ctypes.data
         disk["vector_address"] = self._vector.ctypes.data
         disk["bounce_address"] = _address(self._bounce)
+        disk["bounce_rooms"] = _address(self._bounce_rooms)
         disk["zeros_address"] = _address(self._zeros)
         disk["zeros_bytes"] = BOUNCE_BYTES
         for name in _FROM_COORDINATOR:
