@@ -211,7 +211,7 @@ def _job(disk: SiblingDisk, spec: WorkloadSpec, range_bytes: int, index: int, se
         first = blocks * index // spec.numjobs
         blocks = blocks * (index + 1) // spec.numjobs - first
     job: dict[str, Any] = {
-        "runtime_ns": int((spec.runtime_s or 0) * 1e9),
+        "runtime_ns": max(1, int(spec.runtime_s * 1e9)) if spec.runtime_s else 0,
         "first_sector": first * spec.bs // SECTOR_BYTES,
         "blocks": blocks,
         "block_bytes": spec.bs,

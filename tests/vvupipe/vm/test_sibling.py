@@ -116,6 +116,12 @@ def test_the_runtime_is_kept(daemon, capsys):
     assert found["workload"]["read"]["requests"] > 100
 
 
+def test_a_runtime_of_less_than_a_nanosecond_ends_at_once(daemon, capsys):
+    status, found = run_json(capsys, daemon.socket, workload="read", runtime_s=1e-10)
+    assert (status, found["workload"]["unfinished"]) == (0, 0)
+    assert found["workload"]["duration_s"] < 10
+
+
 def test_verify(daemon, capsys):
     status, found = run_json(capsys, daemon.socket, workload="verify", numjobs=2, iodepth=8)
     result = found["workload"]
