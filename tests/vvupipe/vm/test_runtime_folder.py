@@ -187,12 +187,12 @@ def test_what_cannot_be_written_is_one_line(tmp_path, name):
     base = base_folder()
     if name == ".lock":
         (base / name).mkdir()
-        with pytest.raises(UserError, match="cannot write .*XDG_RUNTIME_DIR"):
+        with pytest.raises(UserError, match=r"cannot write .*XDG_RUNTIME_DIR"):
             RuntimeFolder.create(None)
         return
     folder = RuntimeFolder.create(None)
     (base / name).mkdir()
-    with pytest.raises(UserError, match="cannot write .*XDG_RUNTIME_DIR"):
+    with pytest.raises(UserError, match=r"cannot write .*XDG_RUNTIME_DIR"):
         folder.describe(FIELDS)
     folder.close()
     assert not folder.path.exists()
