@@ -42,8 +42,7 @@ async def _trace(back_end: Path, listen: Path, sink: FileIO, as_json: bool) -> i
 
     relay = TraceRelay(back_end, listen, Tracer(trace_lines(sink, as_json=as_json)), _say)
     try:
-        _say(f"tracing {back_end}: connect the front-end to {listen}")
-        await run_until_signal(relay)
+        await run_until_signal(relay, lambda: _say(f"tracing {back_end}: connect the front-end to {listen}"))
     finally:
         relay.close()
     return 0

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 from asyncio.subprocess import Process
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+from vvupipe.ending_signals import ending_signals
 from vvupipe.vm.qemu_monitor import QemuMonitor
 
 _log = logging.getLogger(__name__)
 
 _QUIT_S = 5.0  # how long QEMU may take to quit before it is killed
-_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 async def until_signal(stay: Coroutine[Any, Any, int]) -> int:
@@ -35,12 +34,13 @@ async def until_signal(stay: Coroutine[Any, Any, int]) -> int:
 @contextlib.contextmanager
 def _signals_cancel(task: asyncio.Task[int]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    for number in _ENDING_SIGNALS:
+    numbers = ending_signals()
+    for number in numbers:
         loop.add_signal_handler(number, task.cancel)
     try:
         yield
     finally:
-        for number in _ENDING_SIGNALS:
+        for number in numbers:
             loop.remove_signal_handler(number)
 
 

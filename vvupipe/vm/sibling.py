@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from vvupipe.ending_signals import ending_signals
 from vvupipe.errors import UserError
 from vvupipe.memory.huge_pages import pages_text
 from vvupipe.units import human_bytes
@@ -150,7 +151,7 @@ async def run_sibling(options: SiblingOptions) -> int:
 @contextlib.contextmanager
 def _handled(on_signal: Callable[[int], None]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = ending_signals()
     for number in numbers:
         loop.add_signal_handler(number, on_signal, number)
     try:

@@ -20,6 +20,31 @@ def shell(folder, line, **environment):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("command", ["run --vvu-proxy s", "trace s", "run --vhost-user-blk s"])
+@pytest.mark.parametrize(("nohup", "ends"), [("", True), ("nohup", False)])
+def test_nohup_keeps_it_when_its_terminal_goes(tmp_path, command, nohup, ends):
+    process = subprocess.Popen(
+        [*nohup.split(), sys.executable, "-P", "-m", "vvupipe", *command.split()], cwd=tmp_path,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline()
+        time.sleep(0.5 if command.startswith("run --vhost") else 0)  # it says that it waits, not that it is ready
+        process.send_signal(signal.SIGHUP)
+        if ends:
+            assert process.wait(20) >= 0
+            assert not (tmp_path / "s.trace").exists()
+        else:
+            time.sleep(0.5)
+            assert process.poll() is None
+            process.terminate()
+            assert process.wait(20) >= 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize("arguments", ["--help", "device list", "run --help"])
 def test_output_that_finds_no_room_is_one_line(tmp_path, arguments):
     finished = shell(tmp_path, f"$V {arguments} >/dev/full")
