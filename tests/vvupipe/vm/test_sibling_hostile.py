@@ -204,6 +204,22 @@ def test_a_disk_of_nothing(path, capsys):
             run(path, workload="read")
 
 
+def test_a_disk_larger_than_any_file_is_one_line(path):
+    backend = BlkBackend(path)
+    config = backend.config()
+    backend.config = lambda: (1 << 54).to_bytes(8, "little") + config[8:]
+    with backend, pytest.raises(ProtocolError, match=f"the disk has {1 << 54} sectors"):
+        run(path)
+
+
+def test_a_serial_cannot_write_to_the_terminal(path, capsys):
+    backend = BlkBackend(path)
+    backend.prepare = lambda device: setattr(device, "serial", b"\x1b[2Jdisk\n")
+    with backend:
+        status, found = run_json(capsys, path)
+    assert (status, found["disk"]["serial"]) == (0, "?[2Jdisk")
+
+
 def test_requests_that_never_come_back_are_given_up(path, monkeypatch):
     """An interrupt while the back-end sits on its requests: the result says how many are missing."""
     monkeypatch.setattr("vvupipe.vm.sibling_workload._INTERRUPT_S", 0.3)
