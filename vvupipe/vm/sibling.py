@@ -21,7 +21,7 @@ from vvupipe.errors import UserError
 from vvupipe.memory.huge_pages import pages_text
 from vvupipe.units import human_bytes
 from vvupipe.vm import sibling_report
-from vvupipe.vm.sibling_copy import check_copy_in, copy_in, copy_out, look_at, sha256_of_disk
+from vvupipe.vm.sibling_copy import check_copy_in, check_copy_out, copy_in, copy_out, look_at, sha256_of_disk
 from vvupipe.vm.sibling_disk import SiblingDisk
 from vvupipe.vm.sibling_workload import (
     WorkloadResult,
@@ -191,6 +191,8 @@ class _Sibling:
             check_against_disk(self._options.spec, disk)
         if self._options.copy_in:
             os.close(check_copy_in(disk, self._options.copy_in))
+        if self._options.copy_out:
+            check_copy_out(self._options.copy_out)
 
     def _tell(self, text: str) -> None:
         if not self._options.json:
