@@ -57,6 +57,11 @@ async def end_qemu(process: Process, monitor: QemuMonitor) -> None:
             _log.warning("QEMU did not quit within %g s: killed", _QUIT_S)
             process.kill()
             await process.wait()
+        except asyncio.CancelledError:
+            if process.returncode is None:
+                process.kill()  # a second signal: at once, then
+                await process.wait()
+            raise
     await monitor.close()
 
 

@@ -18,7 +18,7 @@ from vvupipe.errors import UserError
 from vvupipe.vm.qemu_backend import wait_for_backend
 from vvupipe.vm.qemu_binary import QemuBinary, find_qemu
 from vvupipe.vm.qemu_command import QemuSiblingOptions, VhostUserDisk, check_options, qemu_command
-from vvupipe.vm.qemu_machine import HugeRam, huge_ram
+from vvupipe.vm.qemu_machine import HugeRam, huge_ram, remove_console
 from vvupipe.vm.qemu_monitor import QemuMonitor
 from vvupipe.vm.qemu_process import start_process, terminal_kept
 from vvupipe.vm.qemu_run import end_qemu, until_signal, verdict
@@ -71,7 +71,10 @@ async def _stay(
         try:
             await _run_started(options, process, monitor, deadline, say)
         finally:
-            await end_qemu(process, monitor)
+            try:
+                await end_qemu(process, monitor)
+            finally:
+                remove_console(options.serial)
             following.cancel()
     return verdict(process, monitor, say)
 
