@@ -14,6 +14,7 @@ from vvupipe.vm.qemu_monitor import QemuMonitor
 
 _log = logging.getLogger(__name__)
 
+_SIGNALS_HEEDED = 2
 _QUIT_S = 5.0  # how long QEMU may take to quit before it is killed
 
 
@@ -35,8 +36,17 @@ async def until_signal(stay: Coroutine[Any, Any, int]) -> int:
 def _signals_cancel(task: asyncio.Task[int]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     numbers = ending_signals()
+    heard = 0
+
+    def on_signal() -> None:
+        nonlocal heard
+        heard += 1
+        # The first has QEMU quit, the second has it killed; a third would only keep us from tidying up.
+        if heard <= _SIGNALS_HEEDED:
+            task.cancel()
+
     for number in numbers:
-        loop.add_signal_handler(number, task.cancel)
+        loop.add_signal_handler(number, on_signal)
     try:
         yield
     finally:
@@ -58,11 +68,18 @@ async def end_qemu(process: Process, monitor: QemuMonitor) -> None:
             process.kill()
             await process.wait()
         except asyncio.CancelledError:
+            # A second signal: at once, then.
             if process.returncode is None:
-                process.kill()  # a second signal: at once, then
+                process.kill()
                 await process.wait()
+            await monitor.close()
             raise
-    await monitor.close()
+    closing = asyncio.create_task(monitor.close())
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:
+        await closing  # QEMU has ended: that takes no time, and half a session would complain
+        raise
 
 
 def verdict(process: Process, monitor: QemuMonitor, say: Callable[[str], None]) -> int:
