@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from vvupipe.ending_signals import ending_signals
-from vvupipe.errors import UserError
+from vvupipe.errors import UserError, VvupipeError
 from vvupipe.memory.huge_pages import pages_text
 from vvupipe.units import human_bytes
 from vvupipe.vm import sibling_report
@@ -37,6 +37,7 @@ _QUEUE_SIZE_MAX = 1024  # what QEMU and libvhost-user allow
 _MEM_MIB_MAX = 1 << 20
 _SIGNALLED = 128  # exit status of a program that a signal ended: 128 + its number
 _FAILED = 1
+_WORK = {"workload", "copy_in", "copy_out"}  # keys of what was found
 _STUCK = -1  # requests did not come back: the disk cannot be used for more
 
 
@@ -173,17 +174,27 @@ class _Sibling:
     async def run(self) -> int:
         options = self._options
         status = 0
-        async with open_disk(options) as disk:
-            self._check_work(disk)
-            await self._describe(disk)
-            if options.spec:
-                status = await self._measure(disk, options.spec)
-            if status != _STUCK and not self.interrupt.is_set():
-                await self._copy(disk)
-            self._found["reconnects"] = disk.reconnects
-        if options.json:
-            print(json.dumps(self._found), flush=True)
+        try:
+            async with open_disk(options) as disk:
+                self._check_work(disk)
+                await self._describe(disk)
+                if options.spec:
+                    status = await self._measure(disk, options.spec)
+                if status != _STUCK and not self.interrupt.is_set():
+                    await self._copy(disk)
+                self._found["reconnects"] = disk.reconnects
+        except VvupipeError as error:
+            # What was measured before is not lost with it.
+            self._found["error"] = str(error)
+            self._print_found(if_worked=True)
+            raise
+        self._print_found(if_worked=False)
         return _FAILED if status == _STUCK else status
+
+    def _print_found(self, *, if_worked: bool) -> None:
+        """For --json. if_worked: only when a part of the work was done."""
+        if self._options.json and (not if_worked or _WORK & self._found.keys()):
+            print(json.dumps(self._found), flush=True)
 
     def _check_work(self, disk: SiblingDisk) -> None:
         """Refuse all that cannot be done before anything is done."""

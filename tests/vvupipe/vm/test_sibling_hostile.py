@@ -1,6 +1,7 @@
 """The embedded sibling on a back-end that lies, forgets and breaks off: plain Python, one thread."""
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -128,6 +129,22 @@ def test_a_read_error_ends_a_copy(path, tmp_path):
     with backend, pytest.raises(Exception, match="failed: read of sector 1024: I/O error"):
         run(path, copy_out=target)
     assert list(target.parent.iterdir()) == []
+
+
+def test_what_was_measured_before_an_error_is_not_lost(path, tmp_path, capsys):
+    backend = BlkBackend(path)
+    backend.prepare = lambda device: setattr(
+        device, "status", lambda kind, sector: IOERR if kind == IN and sector == 1024 else OK
+    )
+    with backend, pytest.raises(TransportError, match="I/O error"):
+        run(path, json=True, workload="write", copy_out=tmp_path / "copy")
+    found = json.loads(capsys.readouterr().out)
+    assert found["workload"]["write"]["bytes"] == SIZE
+    assert found["error"] == "the copy failed: read of sector 1024: I/O error"
+    assert "copy_out" not in found
+    with BlkBackend(path.with_name("t")), pytest.raises(UserError):
+        run(path.with_name("t"), json=True, workload="write", bs=1000)
+    assert capsys.readouterr().out == "", "nothing was done"
 
 
 def test_leaving_again_and_again_loses_nothing(path, capsys):
