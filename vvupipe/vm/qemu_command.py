@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,9 @@ class QemuSiblingOptions(MachineOptions):
 def check_options(options: QemuSiblingOptions) -> None:
     """Raises: UserError for what QEMU could not start with."""
     check_machine(options)
+    named = {os.path.realpath(disk.socket_path) for disk in options.vhost_user_blk}
+    if len(named) < len(options.vhost_user_blk):
+        raise UserError("one socket is given for two disks: a back-end serves one at a time, give each its own")
     for disk in options.vhost_user_blk:
         check_socket_length(disk.socket_path)
         size = disk.queue_size

@@ -118,6 +118,7 @@ def test_a_name_is_a_name_whatever_it_looks_like():
         ({"kernel": Path("k"), "params": ("x" * 2030,)}, "bytes of kernel parameters"),
         ({"mem_mib": 0}, "at least 1 MiB"),
         ({"cpus": 0}, "1 CPU"),
+        ({"vhost_user_blk": (VhostUserDisk(Path("s")), VhostUserDisk(Path("./a/../s")))}, "one socket .* two disks"),
         ({"vhost_user_blk": (VhostUserDisk(Path("x" * 108)),)}, "too long: the limit is 107 bytes"),
         *(
             (
