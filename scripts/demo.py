@@ -99,12 +99,20 @@ def sibling_sha256(socket: str) -> str:
     return str(json.loads(finished.stdout)["sha256"])
 
 
+def _above_0(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return int(text)
+
+
 def main() -> int:
     """Run the demonstration; 0 when the sibling read what the image holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=256, metavar="MiB", help="size of the demonstration disk")
-    parser.add_argument("--seconds", type=int, default=3, help="how long each workload runs")
+    parser.add_argument("--size", type=_above_0, default=256, metavar="MiB", help="size of the demonstration disk")
+    parser.add_argument("--seconds", type=_above_0, default=3, help="how long each workload runs")
     options = parser.parse_args()
+    # As Ctrl-C: what was started is ended, and the folder removed, on the way out.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="vvupipe-demo-") as folder:
         os.environ["XDG_RUNTIME_DIR"] = folder
         image, socket = Path(folder) / "disk.img", f"{folder}/vhost-user.socket"
@@ -133,4 +141,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, subprocess.SubprocessError) as error:
+        sys.exit(f"demo: {error}")

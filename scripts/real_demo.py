@@ -122,6 +122,8 @@ def main() -> int:
     parser.add_argument("--mem", type=int, default=512, metavar="MiB", help="RAM of each VM")
     parser.add_argument("--qemu", help="QEMU for the device VM  [default: qemu-system-x86_64]")
     options = parser.parse_args()
+    # As Ctrl-C: what was started is ended, and the folder removed, on the way out.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     check = options.check or not sys.stdin.isatty()
     try:
         kernel = build_initramfs.newest_kernel()
@@ -180,4 +182,9 @@ def scene(options: argparse.Namespace, kernel: build_initramfs.Kernel, folder: P
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, subprocess.SubprocessError) as error:
+        sys.exit(f"real_demo: {error}")

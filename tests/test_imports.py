@@ -16,7 +16,7 @@ LEVELS = [
     {"vvu", "ivshmem"},
     {"vhost_user", "vfio"},
     {"workers", "virtio", "pci"},
-    {"memory", "fd_socket", "pipe", "events", "units", "errors", "unix_path", "__main__"},
+    {"memory", "fd_socket", "pipe", "events", "units", "errors", "unix_path", "ending_signals", "__main__"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

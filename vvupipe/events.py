@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+
+log = logging.getLogger(__name__)
 
 
 class EventPrinter:
@@ -20,3 +23,6 @@ class EventPrinter:
         except BrokenPipeError:
             # Nobody reads any more; the service goes on.
             sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+        except OSError as error:
+            # It stays in the buffer, and is written with the next one if there is room by then.
+            log.warning("standard output cannot be written: %s", error.strerror)

@@ -8,6 +8,8 @@ from collections import Counter
 _SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
+_SIZE_MAX = (1 << 63) - 1  # of a file of Linux
+_DURATION_MAX_S = 1e9  # 31 years, which fits 64 bits of nanoseconds
 _CPU_MAX = 65535  # more than any Linux has; a list is written out
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
@@ -17,7 +19,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise ValueError(f"'{text}' is not a size: use a number with k, m, g or t behind it, as in 4k")
-    return int(match[1]) * _SUFFIXES[match[2].lower()]
+    size = int(match[1]) * _SUFFIXES[match[2].lower()]
+    if size > _SIZE_MAX:
+        raise ValueError(f"'{text}' is too large: no file of Linux has more than {_SIZE_MAX >> 40}t")
+    return size
 
 
 def parse_duration(text: str) -> float:
@@ -25,7 +30,10 @@ def parse_duration(text: str) -> float:
     match = _DURATION.fullmatch(text.strip())
     if not match:
         raise ValueError(f"'{text}' is not a duration: use a number with ms, s, m or h behind it, as in 10s")
-    return float(match[1]) * _SECONDS[match[2]]
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if seconds > _DURATION_MAX_S:
+        raise ValueError(f"'{text}' is too long: use {_DURATION_MAX_S:.0f}s at most")
+    return seconds
 
 
 def human_bytes(count: float) -> str:

@@ -14,6 +14,7 @@ class BlkDevice:
     elements to write; `jump` is added to used.idx; `delivers` False: data that was read is not written to memory.
     `choose(taken)` gives the heads to complete now, in which order; the others stay in `taken`. `inflight`: a
     SplitRegion that is kept, and says where to go on; what it says was under way is done first.
+    `serial`: what GET_ID tells.
     """
 
     def __init__(self, ram, image, desc, avail, used, size, event_idx=False, start=0, inflight=None):
@@ -26,6 +27,7 @@ class BlkDevice:
         self.used = lambda head, written: [(head, written)]
         self.jump = 0
         self.delivers = True
+        self.serial = b"mock-disk"
         self.choose = list
         self.taken = []
         self.log = []
@@ -89,7 +91,7 @@ class BlkDevice:
             if kind == OUT:
                 self.image[offset : offset + length] = self.ram[gpa : gpa + length]
             else:
-                content = b"mock-disk".ljust(20, b"\0") if kind == GET_ID else self.image[offset : offset + length]
+                content = self.serial.ljust(20, b"\0") if kind == GET_ID else self.image[offset : offset + length]
                 if self.delivers:
                     self.ram[gpa : gpa + length] = content
                 written += length

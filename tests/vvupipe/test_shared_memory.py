@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import posix_ipc
 import pytest
 
 from vvupipe.errors import UserError
@@ -45,3 +46,15 @@ def test_no_room_is_one_line_and_leaves_nothing():
     with pytest.raises(UserError, match="no room"):
         shared.create_named(name, 1 << 62)
     assert not objects("-room-")
+
+
+@pytest.mark.parametrize(
+    "error", [posix_ipc.PermissionsError("No permission to access this segment"), OSError(30, "Read-only file system")]
+)
+def test_memory_that_cannot_be_made_is_one_line(monkeypatch, error):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(posix_ipc, "SharedMemory", refuse)
+    with pytest.raises(UserError, match=r"no shared memory can be made in /dev/shm: .*(permission|Read-only)"):
+        shared.create_unnamed(4096)

@@ -20,6 +20,19 @@ def test_sizes_that_are_none(text):
         parse_size(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 400, "8388608t", str(1 << 63)])
+def test_sizes_that_no_file_has(text):
+    with pytest.raises(ValueError, match="too large"):
+        parse_size(text)
+    assert parse_size(str((1 << 63) - 1)) == (1 << 63) - 1
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "99999999999h", "1000000001"])
+def test_durations_that_nobody_sees_the_end_of(text):
+    with pytest.raises(ValueError, match="too long"):
+        parse_duration(text)
+
+
 @pytest.mark.parametrize(("text", "expected"), [("10", 10), ("10s", 10), ("500ms", 0.5), ("2m", 120), ("1.5s", 1.5)])
 def test_durations(text, expected):
     assert parse_duration(text) == expected

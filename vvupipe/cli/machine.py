@@ -17,7 +17,7 @@ _SERIAL_KINDS = ("stdout", "sink", "file", "unix")
 def machine_fields(options: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of vm.qemu_machine.MachineOptions. Raises: UserError."""
     cpus = options["cpus"] or "1"
-    if not cpus.isdigit() or int(cpus) < 1:
+    if not cpus.isdecimal() or int(cpus) < 1:
         raise UserError(f"--cpus {cpus}: with a KERNEL this is the number of vCPUs")
     fields = {
         "kernel": options["kernel"],

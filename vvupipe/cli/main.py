@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -45,6 +46,7 @@ def main() -> None:
 
 def run_program(command: click.Command, name: str) -> NoReturn:
     """Run `command` as a program; errors become one line and an exit status (2: the user's, 1: ours or a peer's)."""
+    _make_streams_usable()
     try:
         status = command.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -61,11 +63,44 @@ def run_program(command: click.Command, name: str) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = _FAILURE
+    except OSError as error:
+        logging.getLogger(__name__).debug("failed", exc_info=True)
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        status = _fail(f"{name}: {where}{error.strerror or error}", _FAILURE)
+    _end_output()
     sys.exit(status or 0)
 
 
+def _make_streams_usable() -> None:
+    """Where a standard stream is closed, /dev/null; no character that cannot be written ends the program."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # The lowest free fd is this one: else a file of ours would get it, and what is written to a stream.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # UTF-8 lacks nothing but the bytes of file names that are no text, and those are written as they are.
+            utf_8 = stream.encoding.lower().replace("_", "-") == "utf-8"
+            stream.reconfigure(errors="surrogateescape" if utf_8 else "backslashreplace")
+
+
+def _end_output() -> None:
+    """What cannot be written is not tried again, in vain and with a traceback, when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(line: str, status: int) -> int:
-    click.echo(" ".join(line.split()), err=True)
+    try:
+        click.echo(" ".join(line.split()), err=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return status

@@ -318,7 +318,7 @@ def _run_qemu_sibling(options: dict[str, Any]) -> int:
     for text in options["disks"]:
         parsed = _parse_socket_option("--vhost-user-blk", text, ("num-queues",))
         queues = parsed.values.get("num-queues")
-        if queues is not None and (not queues.isdigit() or int(queues) < 1):
+        if queues is not None and (not queues.isdecimal() or int(queues) < 1):
             raise UserError(f"--vhost-user-blk {text}: num-queues is a number from 1 on")
         disks.append(
             VhostUserDisk(parsed.path, num_queues=int(queues) if queues else None, queue_size=options["queue_size"])

@@ -26,6 +26,8 @@ def trace(back_end: Path, listen: Path | None, output: Path | None, as_json: boo
     the back-end sends are shown as well. The back-end may come later.
     """
     set_up_logging(verbose)
+    if not back_end.name:
+        raise UserError(f"{back_end} is no socket: name the one that the back-end listens on")
     listen = listen or back_end.with_name(back_end.name + ".trace")
     if listen.absolute() == back_end.absolute():
         raise UserError(f"--listen {listen} is the back-end's own socket: choose another path")
@@ -40,8 +42,7 @@ async def _trace(back_end: Path, listen: Path, sink: FileIO, as_json: bool) -> i
 
     relay = TraceRelay(back_end, listen, Tracer(trace_lines(sink, as_json=as_json)), _say)
     try:
-        _say(f"tracing {back_end}: connect the front-end to {listen}")
-        await run_until_signal(relay)
+        await run_until_signal(relay, lambda: _say(f"tracing {back_end}: connect the front-end to {listen}"))
     finally:
         relay.close()
     return 0

@@ -80,7 +80,12 @@ def _create(name: str, size_bytes: int, *, reserve: bool = True) -> int:
             f"no room for {size_bytes >> 20} MiB of shared memory, {_FOLDER} has {free_bytes >> 20} MiB free: "
             "use a smaller --mem or enlarge it"
         )
-    shared = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+    try:
+        shared = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+    except posix_ipc.ExistentialError:
+        raise
+    except (posix_ipc.Error, OSError) as error:
+        raise UserError(f"no shared memory can be made in {_FOLDER}: {error}") from error
     try:
         os.ftruncate(shared.fd, size_bytes)
     except OSError as error:

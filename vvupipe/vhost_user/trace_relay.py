@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import select
-import signal
 import socket
 import stat
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vvupipe.ending_signals import ending_signals
 from vvupipe.errors import ProtocolError
 from vvupipe.fd_socket import peer_pid, wait_fd
 from vvupipe.unix_path import connect_if_there
@@ -81,11 +81,15 @@ class TraceRelay:
             await asyncio.sleep(_RETRY_S)
 
 
-async def run_until_signal(relay: TraceRelay) -> None:
-    """Run the relay until SIGINT, SIGTERM or SIGHUP. Raises: OSError when the sockets cannot be used."""
+async def run_until_signal(relay: TraceRelay, ready: Callable[[], None]) -> None:
+    """Run the relay until SIGINT, SIGTERM or SIGHUP; `ready` is called once these are heeded.
+
+    Raises: OSError when the sockets cannot be used.
+    """
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ending_signals():
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    ready()
     serving = asyncio.create_task(relay.run())
     stopping = asyncio.create_task(stop.wait())
     try:

@@ -7,13 +7,13 @@ import contextlib
 import logging
 import os
 import resource
-import signal
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vvupipe.ending_signals import ending_signals
 from vvupipe.errors import UserError
 from vvupipe.events import EventPrinter
 from vvupipe.memory import huge_pages
@@ -76,7 +76,7 @@ async def run_device_vm(options: DeviceVmOptions) -> int:
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ending_signals():
         loop.add_signal_handler(number, stop.set)
     if options.cpus:
         os.sched_setaffinity(0, options.cpus)

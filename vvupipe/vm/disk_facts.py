@@ -88,7 +88,7 @@ class DiskFacts:
         # QEMU offers SIZE_MAX with 0, by which it means no limit.
         if features & layout.BLK_F_SIZE_MAX and 0 < size_max < sector_bytes:
             raise ProtocolError(f"the back-end takes {size_max} bytes in a segment, less than a sector")
-        if capacity > (1 << 63) // SECTOR_BYTES:
+        if capacity >= (1 << 63) // SECTOR_BYTES:
             raise ProtocolError(f"the back-end says that the disk has {capacity} sectors")
         shift = min(exponent, 16) if features & layout.BLK_F_TOPOLOGY else 0
         return cls(

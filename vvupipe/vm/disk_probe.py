@@ -47,6 +47,11 @@ class DiskContents:
         return ", ".join(parts) or "no file system or partition table"
 
 
+def printable(data: bytes) -> str:
+    """What a disk says of itself: it goes to a terminal, so that nothing but printable characters may."""
+    return "".join(character if character.isprintable() else "?" for character in data.decode(errors="replace"))
+
+
 def probe(size_bytes: int, sector_bytes: int, first: bytes, last: bytes) -> DiskContents:
     """Tell what is on a disk of `size_bytes` that begins with `first` and ends with `last`."""
     try:
@@ -110,9 +115,7 @@ def _value(library: ctypes.CDLL, handle: int, name: str) -> str | None:
     length = ctypes.c_size_t()
     if library.blkid_probe_lookup_value(handle, name.encode(), ctypes.byref(data), ctypes.byref(length)):
         return None
-    # What a disk says of itself goes to a terminal: nothing but printable characters may.
-    text = (data.value or b"").decode(errors="replace")
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return printable(data.value or b"")
 
 
 def _partitions(library: ctypes.CDLL, handle: int) -> int:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,14 +65,18 @@ class MemoryPlugs:
         self._ports = [_Port(bus, devfn) for bus, devfn in ports]
         self._plugs: dict[tuple[int, int], _Plug] = {}
         self._deleted: dict[str, asyncio.Event] = {}
+        self._late: dict[str, _Port] = {}  # by device: those that the guest has not let go of in time
         self._changing = asyncio.Lock()
         self._counter = 0
         self._leaving: set[asyncio.Task[None]] = set()
         monitor.listeners.append(self._on_event)
 
     def _on_event(self, name: str, data: dict[str, Any]) -> None:
-        if name == "DEVICE_DELETED" and data.get("device") in self._deleted:
-            self._deleted[str(data["device"])].set()
+        device = str(data.get("device"))
+        if name == "DEVICE_DELETED" and device in self._deleted:
+            self._deleted[device].set()
+            if port := self._late.pop(device, None):
+                self._start(self._free(device, port))
 
     async def show(self, fd: int, end: int) -> list[Window]:
         """Have the VM see the first `end` bytes of a file until `hide`. Raises: ProtocolError that says what to do."""
@@ -105,17 +109,18 @@ class MemoryPlugs:
                 if not plug.users and self._plugs.get(plug.identity) is plug:
                     await self._unplug(plug)
 
-        task = asyncio.get_running_loop().create_task(leave())
+        self._start(leave())
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
 
     async def _plug(self, fd: int, identity: tuple[int, int], end: int) -> _Plug:
         parts = self._parts(fd, end)
-        while (free := [port for port in self._ports if port.device is None]) and len(free) < len(parts):
-            if not await self._drop_idle():
-                break
-        if not free and await self._drop_idle():
-            free = [port for port in self._ports if port.device is None]
+        free = self._free_ports()
+        while len(free) < len(parts) and await self._drop_idle():
+            free = self._free_ports()
         if len(free) < len(parts):
             raise ProtocolError(
                 f"the device VM has {len(free)} of {len(self._ports)} hot-plug ports free and this memory takes "
@@ -131,6 +136,9 @@ class MemoryPlugs:
         self._plugs[identity] = plug
         log.info("the VM sees %d MiB of a sibling's memory", sum(size for _, size in parts) >> 20)
         return plug
+
+    def _free_ports(self) -> list[_Port]:
+        return [port for port in self._ports if port.device is None]
 
     def _parts(self, fd: int, end: int) -> list[tuple[int, int]]:
         """(offset, size) of the windows that show the file up to `end`."""
@@ -200,17 +208,26 @@ class MemoryPlugs:
                 await self._monitor.execute("device_del", id=device)
                 async with asyncio.timeout(_DELETED_S):
                     await self._deleted[device].wait()
-                await self._monitor.execute("object-del", id=device.replace("window", "window-memory"))
             except TimeoutError:
-                # The port stays taken: who knows when the guest gets round to it.
+                # The port stays taken until the guest gets round to it.
+                self._late[device] = port
                 log.warning("the VM has not let go of a sibling's memory for %.0f s", _DELETED_S)
                 continue
             except TransportError as error:
                 log.debug("unplugging %s: %s", device, error)
                 continue
-            del self._deleted[device]
-            port.device = None
+            await self._free(device, port)
         os.close(plug.fd)
+
+    async def _free(self, device: str, port: _Port) -> None:
+        """The guest has let go of a window's function: so does QEMU of the memory."""
+        try:
+            await self._monitor.execute("object-del", id=device.replace("window", "window-memory"))
+        except TransportError as error:
+            log.debug("unplugging %s: %s", device, error)
+            return
+        del self._deleted[device]
+        port.device = None
 
     async def close(self) -> None:
         """Forget everything; QEMU is gone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import stat
 from collections.abc import Callable
@@ -56,8 +57,12 @@ async def wait_for_backend(path: Path, timeout_s: float | None, say: Callable[[s
 
     Raises: UserError when `path` is no socket, or nobody came within `timeout_s` seconds.
     """
-    if path.exists() and not path.is_socket():
-        raise UserError(f"{path} is no socket: name the one that the back-end listens on")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(path.stat().st_mode):
+                raise UserError(f"{path} is no socket: name the one that the back-end listens on")
+    except OSError as error:
+        raise UserError(f"cannot connect to {path}: {error.strerror}") from error
     if is_listening(path):
         return
     say(f"waiting for a back-end at {path}")

@@ -12,13 +12,14 @@ from vvupipe.vm.qemu_machine import (
     HugeRam,
     MachineOptions,
     check_machine,
+    check_socket_length,
     machine_arguments,
     memory_argument,
     storage_arguments,
     value,
 )
 
-_SUN_PATH_BYTES = 108  # sizeof sun_path, unix(7), with the final NUL
+_QUEUE_SIZE_MAX = 1024  # QEMU's VIRTQUEUE_MAX_SIZE
 _RECONNECT_MS_SINCE = (9, 2)  # the version in which `reconnect` (seconds) became `reconnect-ms`
 
 
@@ -54,9 +55,14 @@ class QemuSiblingOptions(MachineOptions):
 def check_options(options: QemuSiblingOptions) -> None:
     """Raises: UserError for what QEMU could not start with."""
     check_machine(options)
+    named = {os.path.realpath(disk.socket_path) for disk in options.vhost_user_blk}
+    if len(named) < len(options.vhost_user_blk):
+        raise UserError("one socket is given for two disks: a back-end serves one at a time, give each its own")
     for disk in options.vhost_user_blk:
-        if len(os.fsencode(disk.socket_path)) >= _SUN_PATH_BYTES:
-            raise UserError(f"socket path {disk.socket_path} is too long: the limit is {_SUN_PATH_BYTES - 1} bytes")
+        check_socket_length(disk.socket_path)
+        size = disk.queue_size
+        if size is not None and (not 2 <= size <= _QUEUE_SIZE_MAX or size & (size - 1)):
+            raise UserError(f"--queue-size {size}: use a power of two from 2 to {_QUEUE_SIZE_MAX}")
 
 
 def qemu_command(

@@ -29,6 +29,7 @@ from vvupipe.vm.qemu_machine import (
     huge_ram,
     machine_arguments,
     memory_argument,
+    remove_console,
     storage_arguments,
 )
 from vvupipe.vm.qemu_monitor import QemuMonitor
@@ -117,7 +118,10 @@ async def _stay(
         try:
             await vm.serve(process, say, on_terminal=on_terminal)
         finally:
-            await end_qemu(process, monitor)
+            try:
+                await end_qemu(process, monitor)
+            finally:
+                remove_console(options.serial)
             following.cancel()
             await vm.plugs.close()
     return verdict(process, monitor, say)

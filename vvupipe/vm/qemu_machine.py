@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Literal
 from vvupipe.errors import UserError
 from vvupipe.memory import huge_pages
 from vvupipe.memory.huge_pages import HugePages
+from vvupipe.vm.qemu_backend import is_listening
 from vvupipe.vm.qemu_binary import Accelerator, QemuBinary, accelerator_arguments
 
 _MAX_COMMAND_LINE_BYTES = 2047  # COMMAND_LINE_SIZE of x86 Linux
+_SUN_PATH_BYTES = 108  # sizeof sun_path, unix(7), with the final NUL
 _TAG_MAX_BYTES = 31  # hw/9pfs: MAX_TAG_LEN without its NUL
 
 SerialKind = Literal["stdout", "sink", "file", "unix"]
@@ -115,17 +118,48 @@ def check_machine(options: MachineOptions) -> None:
     for disk in options.blocks:
         _check_readable("image", disk.path, "--block PATH[,ro=true]")
     for shared in options.shared_dirs:
-        if not shared.path.is_dir():
+        status = _status("--shared-dir", shared.path)
+        if status is None or not stat.S_ISDIR(status.st_mode):
             raise UserError(f"--shared-dir {shared.path}: no such folder")
         if not shared.tag or len(shared.tag.encode()) > _TAG_MAX_BYTES:
             raise UserError(f"--shared-dir {shared.path}: a tag has 1 to {_TAG_MAX_BYTES} bytes")
-    if options.serial.kind == "unix" and options.serial.path and options.serial.path.exists():
-        raise UserError(f"--serial: {options.serial.path} exists already: choose another path or remove it")
+    if options.serial.kind == "unix" and options.serial.path:
+        _check_console(options.serial.path)
     line = kernel_parameters(options.params)
     if len(line.encode()) > _MAX_COMMAND_LINE_BYTES:
         raise UserError(
             f"{len(line.encode())} bytes of kernel parameters: Linux takes no more than {_MAX_COMMAND_LINE_BYTES}"
         )
+
+
+def _check_console(path: Path) -> None:
+    """Raises: UserError when QEMU could not listen there, or would take away what is in use."""
+    check_socket_length(path)
+    # A socket that nobody listens on was left by a VM that was killed: QEMU replaces it.
+    if _status("--serial", path) is not None and (not path.is_socket() or is_listening(path)):
+        raise UserError(f"--serial: {path} exists already: choose another path or remove it")
+
+
+def remove_console(serial: Serial) -> None:
+    """Remove the console's socket of a QEMU that has ended: one that was killed leaves it."""
+    if serial.kind == "unix" and serial.path and serial.path.is_socket() and not is_listening(serial.path):
+        serial.path.unlink(missing_ok=True)
+
+
+def check_socket_length(path: Path) -> None:
+    """Raises: UserError when QEMU could not use the socket `path`."""
+    if len(os.fsencode(path)) >= _SUN_PATH_BYTES:
+        raise UserError(f"socket path {path} is too long: the limit is {_SUN_PATH_BYTES - 1} bytes")
+
+
+def _status(option: str, path: Path) -> os.stat_result | None:
+    """None when there is no such file. Raises: UserError when that cannot be told."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror}") from error
 
 
 def _check_readable(what: str, path: Path, hint: str) -> None:
@@ -170,7 +204,8 @@ def machine_arguments(
     on_terminal: standard input is a terminal, which the guest's console then shares with QEMU's own monitor.
     Raises: UserError when the accelerator cannot be had.
     """
-    command = [binary.path, "-name", value(options.name), "-nodefaults", "-no-user-config", "-display", "none", "-S"]
+    command = [binary.path, "-name", f"guest={value(options.name)}"]
+    command += ["-nodefaults", "-no-user-config", "-display", "none", "-S"]
     command += accelerator_arguments(options.accel)
     command += ["-object", memory, "-machine", f"{machine},memory-backend=ram"]
     command += ["-m", f"{options.mem_mib}M", "-smp", str(options.cpus)]

@@ -48,4 +48,6 @@ def terminal_kept() -> Iterator[None]:
     finally:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
         if modes is not None:
-            termios.tcsetattr(fd, termios.TCSADRAIN, modes)
+            # One that was hung up, which is likely to be why we end, has no modes any more.
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(fd, termios.TCSADRAIN, modes)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 from asyncio.subprocess import Process
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+from vvupipe.ending_signals import ending_signals
 from vvupipe.vm.qemu_monitor import QemuMonitor
 
 _log = logging.getLogger(__name__)
 
+_SIGNALS_HEEDED = 2
 _QUIT_S = 5.0  # how long QEMU may take to quit before it is killed
-_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 async def until_signal(stay: Coroutine[Any, Any, int]) -> int:
@@ -35,12 +35,22 @@ async def until_signal(stay: Coroutine[Any, Any, int]) -> int:
 @contextlib.contextmanager
 def _signals_cancel(task: asyncio.Task[int]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    for number in _ENDING_SIGNALS:
-        loop.add_signal_handler(number, task.cancel)
+    numbers = ending_signals()
+    heard = 0
+
+    def on_signal() -> None:
+        nonlocal heard
+        heard += 1
+        # The first has QEMU quit, the second has it killed; a third would only keep us from tidying up.
+        if heard <= _SIGNALS_HEEDED:
+            task.cancel()
+
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal)
     try:
         yield
     finally:
-        for number in _ENDING_SIGNALS:
+        for number in numbers:
             loop.remove_signal_handler(number)
 
 
@@ -57,7 +67,19 @@ async def end_qemu(process: Process, monitor: QemuMonitor) -> None:
             _log.warning("QEMU did not quit within %g s: killed", _QUIT_S)
             process.kill()
             await process.wait()
-    await monitor.close()
+        except asyncio.CancelledError:
+            # A second signal: at once, then.
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            await monitor.close()
+            raise
+    closing = asyncio.create_task(monitor.close())
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:
+        await closing  # QEMU has ended: that takes no time, and half a session would complain
+        raise
 
 
 def verdict(process: Process, monitor: QemuMonitor, say: Callable[[str], None]) -> int:

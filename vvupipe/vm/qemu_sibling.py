@@ -18,7 +18,8 @@ from vvupipe.errors import UserError
 from vvupipe.vm.qemu_backend import wait_for_backend
 from vvupipe.vm.qemu_binary import QemuBinary, find_qemu
 from vvupipe.vm.qemu_command import QemuSiblingOptions, VhostUserDisk, check_options, qemu_command
-from vvupipe.vm.qemu_machine import HugeRam, huge_ram
+from vvupipe.vm.qemu_disk_watch import watch_disks
+from vvupipe.vm.qemu_machine import HugeRam, huge_ram, remove_console
 from vvupipe.vm.qemu_monitor import QemuMonitor
 from vvupipe.vm.qemu_process import start_process, terminal_kept
 from vvupipe.vm.qemu_run import end_qemu, until_signal, verdict
@@ -71,7 +72,10 @@ async def _stay(
         try:
             await _run_started(options, process, monitor, deadline, say)
         finally:
-            await end_qemu(process, monitor)
+            try:
+                await end_qemu(process, monitor)
+            finally:
+                remove_console(options.serial)
             following.cancel()
     return verdict(process, monitor, say)
 
@@ -104,4 +108,9 @@ async def _run_started(
         if not starting.done():
             starting.cancel()
             await asyncio.wait({starting})
-    await process.wait()
+    watching = asyncio.create_task(watch_disks(monitor, options.vhost_user_blk, say))
+    try:
+        await process.wait()
+    finally:
+        watching.cancel()
+        await asyncio.wait({watching})

@@ -87,7 +87,7 @@ class RuntimeFolder:
     def create(cls, name: str | None) -> RuntimeFolder:
         """Take the folder called `name`, or the first free of vm0, vm1, ...; first remove what killed VMs left.
 
-        Raises: UserError when the name is taken or malformed.
+        Raises: UserError when the name is taken or malformed, or nothing can be written there.
         """
         if name is not None and not _NAME.fullmatch(name):
             raise UserError(f"'{name}' cannot be a VM's name: use letters, digits, '.', '_' and '-', 63 at most")
@@ -103,15 +103,23 @@ class RuntimeFolder:
                 raise UserError(f"a VM named {name} runs already: choose another --name or stop that one") from None
             except OSError as error:
                 raise UserError(f"cannot make {path}: {error.strerror}") from error
-            lock_fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                lock_fd = _open_lock(path / _LOCK)
+            except BaseException:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
+            # It waits: whoever lists VMs just now has it for a moment.
+            fcntl.flock(lock_fd, fcntl.LOCK_EX)
         return cls(path, lock_fd)
 
     def describe(self, fields: dict[str, Any]) -> None:
-        """Write vm.json in one step."""
+        """Write vm.json in one step. Raises: UserError."""
         temporary = self.path / f".{_DESCRIPTION}.new"
-        temporary.write_text(json.dumps({"pid": os.getpid(), **fields}, indent=1) + "\n")
-        temporary.replace(self.path / _DESCRIPTION)
+        try:
+            temporary.write_text(json.dumps({"pid": os.getpid(), **fields}, indent=1) + "\n")
+            temporary.replace(self.path / _DESCRIPTION)
+        except OSError as error:
+            raise _unwritable(temporary, error) from error
 
     def close(self) -> None:
         """Remove the folder. Harmless when called again."""
@@ -121,10 +129,21 @@ class RuntimeFolder:
             self._lock_fd = -1
 
 
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; set XDG_RUNTIME_DIR to a folder of yours that has room")
+
+
 @contextlib.contextmanager
 def _starting(base: Path) -> Iterator[None]:
     """One at a time may create or clean up."""
-    fd = os.open(base / _STARTING_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = _open_lock(base / _STARTING_LOCK)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
@@ -143,7 +162,8 @@ def _is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Shared, so that two who look do not take each other for the VM.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:

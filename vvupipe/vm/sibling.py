@@ -16,11 +16,12 @@ from typing import Any
 
 import click
 
-from vvupipe.errors import UserError
+from vvupipe.ending_signals import ending_signals
+from vvupipe.errors import UserError, VvupipeError
 from vvupipe.memory.huge_pages import pages_text
 from vvupipe.units import human_bytes
 from vvupipe.vm import sibling_report
-from vvupipe.vm.sibling_copy import check_copy_in, copy_in, copy_out, look_at, sha256_of_disk
+from vvupipe.vm.sibling_copy import check_copy_in, check_copy_out, copy_in, copy_out, look_at, sha256_of_disk
 from vvupipe.vm.sibling_disk import SiblingDisk
 from vvupipe.vm.sibling_workload import (
     WorkloadResult,
@@ -36,6 +37,7 @@ _QUEUE_SIZE_MAX = 1024  # what QEMU and libvhost-user allow
 _MEM_MIB_MAX = 1 << 20
 _SIGNALLED = 128  # exit status of a program that a signal ended: 128 + its number
 _FAILED = 1
+_WORK = {"workload", "copy_in", "copy_out"}  # keys of what was found
 _STUCK = -1  # requests did not come back: the disk cannot be used for more
 
 
@@ -150,7 +152,7 @@ async def run_sibling(options: SiblingOptions) -> int:
 @contextlib.contextmanager
 def _handled(on_signal: Callable[[int], None]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = ending_signals()
     for number in numbers:
         loop.add_signal_handler(number, on_signal, number)
     try:
@@ -172,17 +174,27 @@ class _Sibling:
     async def run(self) -> int:
         options = self._options
         status = 0
-        async with open_disk(options) as disk:
-            self._check_work(disk)
-            await self._describe(disk)
-            if options.spec:
-                status = await self._measure(disk, options.spec)
-            if status != _STUCK and not self.interrupt.is_set():
-                await self._copy(disk)
-            self._found["reconnects"] = disk.reconnects
-        if options.json:
-            print(json.dumps(self._found), flush=True)
+        try:
+            async with open_disk(options) as disk:
+                self._check_work(disk)
+                await self._describe(disk)
+                if options.spec:
+                    status = await self._measure(disk, options.spec)
+                if status != _STUCK and not self.interrupt.is_set():
+                    await self._copy(disk)
+                self._found["reconnects"] = disk.reconnects
+        except VvupipeError as error:
+            # What was measured before is not lost with it.
+            self._found["error"] = str(error)
+            self._print_found(if_worked=True)
+            raise
+        self._print_found(if_worked=False)
         return _FAILED if status == _STUCK else status
+
+    def _print_found(self, *, if_worked: bool) -> None:
+        """For --json. if_worked: only when a part of the work was done."""
+        if self._options.json and (not if_worked or _WORK & self._found.keys()):
+            print(json.dumps(self._found), flush=True)
 
     def _check_work(self, disk: SiblingDisk) -> None:
         """Refuse all that cannot be done before anything is done."""
@@ -190,6 +202,8 @@ class _Sibling:
             check_against_disk(self._options.spec, disk)
         if self._options.copy_in:
             os.close(check_copy_in(disk, self._options.copy_in))
+        if self._options.copy_out:
+            check_copy_out(self._options.copy_out)
 
     def _tell(self, text: str) -> None:
         if not self._options.json:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -24,6 +25,7 @@ from vvupipe.vm.sibling_workload import require_ok
 
 _CHUNK_BYTES = 256 << 10  # one request: large enough that its cost does not count, small enough to have many in flight
 _WINDOW_BYTES = 16 << 20  # what is hashed at a time
+_NAME_KEPT_BYTES = 200
 
 Progress = Callable[[int], None]  #: called with the bytes that were moved since the last call
 
@@ -77,16 +79,31 @@ async def sha256_of_disk(disk: SiblingDisk, progress: Progress) -> str:
     return await _stream(disk, BLK_T_IN, None, progress)
 
 
+def check_copy_out(path: Path) -> Path:
+    """The file that `path` leads to. Raises: UserError when it cannot be replaced by a copy."""
+    target = Path(os.path.realpath(path))
+    try:
+        os.stat(f"{target.parent}/.")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        regular = stat.S_ISREG(target.stat().st_mode) if os.path.lexists(target) else True
+    except OSError as error:
+        raise UserError(f"--copy-out {path}: {error.strerror}") from error
+    if not regular:
+        raise UserError(f"--copy-out {path}: this is no regular file")
+    return target
+
+
 async def copy_out(disk: SiblingDisk, path: Path, progress: Progress) -> str:
     """Copy the whole disk to the file `path`, which appears when it is complete. Returns its sha256.
 
     Raises: UserError when the file cannot be written; TransportError on a read error.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise UserError(f"--copy-out {path}: this is no regular file")
+    target = check_copy_out(path)
+    # A name may be as long as the file system has them: not all of it fits beside what is added.
+    name = os.fsdecode(os.fsencode(target.name)[:_NAME_KEPT_BYTES])
     try:
-        fd, partial = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        fd, partial = tempfile.mkstemp(prefix=f".{name}.", suffix=".partial", dir=target.parent)
     except OSError as error:
         raise UserError(f"--copy-out {path}: {error.strerror}") from error
     try:

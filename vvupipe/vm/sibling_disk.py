@@ -32,6 +32,7 @@ from vvupipe.memory.region import MemoryRegion
 from vvupipe.vhost_user.frontend import Frontend
 from vvupipe.vhost_user.messages import ProtocolFeature
 from vvupipe.vm.disk_facts import CONFIG_BYTES, FEATURES, DiskFacts
+from vvupipe.vm.disk_probe import printable
 from vvupipe.vm.patience import Patience
 from vvupipe.vm.sibling_inflight import LeftAtSize, SiblingInflight
 from vvupipe.vm.sibling_layout import RING_PLACES, UVA_BASE, RamLayout, RingPlace, tags_max
@@ -405,7 +406,7 @@ class SiblingDisk:
         if counters.record["errors"]:
             return ""
         with self.data(0, BLK_ID_BYTES) as view:
-            return bytes(view).split(b"\0")[0].decode(errors="replace").strip()
+            return printable(bytes(view).split(b"\0")[0].strip())
 
     async def flush(self) -> None:
         """Everything written is on the disk. Raises: TransportError when the back-end says it is not."""

@@ -31,6 +31,7 @@ PATTERNS: dict[str, tuple[int, float | None]] = {
 VERIFY = "verify"
 WORKLOADS = (*PATTERNS, VERIFY)
 
+_BS_MAX = 1 << 31  # a descriptor's length has 32 bits, and a whole chain at most 2^32 bytes (virtio 1.2, 2.7.5)
 _PROGRESS_S = 1.0
 _STALL_S = 10.0  # nothing came back for that long: worth a line
 _DRAIN_S = 30.0  # how long the last requests may take once the runtime is over
@@ -130,6 +131,8 @@ def check_against_disk(spec: WorkloadSpec, disk: SiblingDisk) -> int:
         raise UserError(f"--bs {spec.bs}: use a multiple of the disk's sector size, {facts.sector_bytes} bytes")
     if facts.request_bytes_max and spec.bs > facts.request_bytes_max:
         raise UserError(f"--bs {spec.bs}: the disk takes at most {facts.request_bytes_max} bytes in a request")
+    if spec.bs > _BS_MAX:
+        raise UserError(f"--bs {spec.bs}: a request moves at most {human_bytes(_BS_MAX)}")
     if spec.iodepth > disk.depth_max:
         raise UserError(
             f"--iodepth {spec.iodepth}: a queue of {disk.layout.queue_size} entries takes {disk.depth_max} requests; "
@@ -211,7 +214,7 @@ def _job(disk: SiblingDisk, spec: WorkloadSpec, range_bytes: int, index: int, se
         first = blocks * index // spec.numjobs
         blocks = blocks * (index + 1) // spec.numjobs - first
     job: dict[str, Any] = {
-        "runtime_ns": int((spec.runtime_s or 0) * 1e9),
+        "runtime_ns": max(1, int(spec.runtime_s * 1e9)) if spec.runtime_s else 0,
         "first_sector": first * spec.bs // SECTOR_BYTES,
         "blocks": blocks,
         "block_bytes": spec.bs,

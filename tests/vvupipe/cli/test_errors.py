@@ -173,6 +173,11 @@ def test_what_follows_a_socket_is_told_whole(vvupipe, option, value, says):
     assert finished.stderr.rstrip().endswith(says)
 
 
+@pytest.mark.parametrize("arguments", [("s", "k", "--cpus", "\u00b2"), ("s,num-queues=\u00b2", "k")])
+def test_numbers_that_are_no_decimals(vvupipe, arguments):
+    assert_refused(vvupipe("run", "--vhost-user-blk", *arguments), "number")
+
+
 def test_vm_without_a_purpose(vvupipe):
     assert_refused(vvupipe("run"), "--vvu-proxy", "--vhost-user-blk")
 

@@ -365,6 +365,8 @@ def test_messages_pass_when_the_trace_cannot_be_written(tmp_path, gone):
         (["{}/s", "--listen", "{}/s"], "is the back-end's own socket"),
         (["{}/s", "--listen", "{}/no/s"], "cannot listen at"),
         (["{}/s", "--output", "{}/no/s"], "the trace cannot be written to"),
+        ([""], "is no socket"),
+        (["/"], "is no socket"),
     ],
 )
 def test_user_errors(tmp_path, arguments, words):

@@ -251,3 +251,36 @@ def test_a_table_that_cannot_be_shown_leaves_the_former_one(qemu, memfd):
         pool.close()
 
     run(test)
+
+
+def test_as_many_idle_windows_go_as_the_new_memory_needs_ports(qemu, memfd, monkeypatch):
+    async def test():
+        monkeypatch.setattr(memory_plugs, "_LINGER_S", 60.0)
+        plugs = MemoryPlugs(qemu, (8, 1, 0), PORTS)
+        for _ in PORTS:
+            plugs.hide(await plugs.show(memfd(4 * MIB), 4 * MIB))
+        assert len(await plugs.show(memfd(384 * MIB, sealed=True), 384 * MIB)) == 2
+        assert qemu.shown() == [(0, 4 * MIB), (0, 256 * MIB), (256 * MIB, 128 * MIB)]
+        await plugs.close()
+
+    run(test)
+
+
+def test_a_port_that_the_guest_lets_go_of_late_is_free_again(qemu, memfd, monkeypatch):
+    async def test():
+        monkeypatch.setattr(memory_plugs, "_LINGER_S", 0.01)
+        monkeypatch.setattr(memory_plugs, "_DELETED_S", 0.05)
+        plugs = MemoryPlugs(qemu, (7, 2, 0), PORTS[:1])
+        plugs.hide(await plugs.show(memfd(4 * MIB), 4 * MIB))
+        qemu.holds_on = True
+        await asyncio.sleep(0.2)
+        with pytest.raises(ProtocolError, match="0 of 1 hot-plug ports free"):
+            await plugs.show(memfd(8 * MIB), 8 * MIB)
+        qemu.holds_on = False
+        await qemu.execute("device_del", id="window1")
+        await asyncio.sleep(0.05)
+        assert await plugs.show(memfd(8 * MIB), 8 * MIB) == [Window(0, 8 * MIB, PORTS[0][1])]
+        assert qemu.shown() == [(0, 8 * MIB)]
+        await plugs.close()
+
+    run(test)

@@ -77,6 +77,13 @@ def test_gives_up(tmp_path):
         asyncio.run(wait_for_backend(tmp_path / "s", 0.2, lambda _: None))
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "file/s"])
+def test_a_path_that_cannot_be_there_is_not_waited_for(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot connect to"):
+        asyncio.run(wait_for_backend(tmp_path / name, 5, lambda _: None))
+
+
 def test_a_file_is_no_socket(tmp_path):
     (tmp_path / "s").touch()
     with pytest.raises(UserError, match="is no socket"):

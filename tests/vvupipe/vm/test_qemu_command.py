@@ -1,4 +1,5 @@
 import os
+import socket
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from vvupipe.vm.qemu_command import (
     check_options,
     qemu_command,
 )
-from vvupipe.vm.qemu_machine import huge_ram, kernel_parameters
+from vvupipe.vm.qemu_machine import Serial, SharedDir, huge_ram, kernel_parameters, remove_console
 
 QEMU = QemuBinary("/usr/bin/qemu", (7, 2, 0))
 
@@ -85,6 +86,26 @@ def test_good_options_pass(tmp_path):
     check(vhost_user_blk=(VhostUserDisk(Path("x" * 107)),))
 
 
+def test_the_console_of_a_killed_vm_is_taken_over(tmp_path):
+    path = tmp_path / "console"
+    serial = Serial("unix", path)
+    with socket.socket(socket.AF_UNIX) as console:
+        console.bind(str(path))
+        console.listen()
+        with pytest.raises(UserError, match="exists already"):
+            check(serial=serial)
+        remove_console(serial)
+        assert path.is_socket(), "somebody listens on it"
+    check(serial=serial)
+    remove_console(serial)
+    assert not path.exists()
+    remove_console(serial)
+
+
+def test_a_name_is_a_name_whatever_it_looks_like():
+    assert values(command(name="a=b,debug-threads=on"), "-name") == ["guest=a=b,,debug-threads=on"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -97,7 +118,20 @@ def test_good_options_pass(tmp_path):
         ({"kernel": Path("k"), "params": ("x" * 2030,)}, "bytes of kernel parameters"),
         ({"mem_mib": 0}, "at least 1 MiB"),
         ({"cpus": 0}, "1 CPU"),
+        ({"vhost_user_blk": (VhostUserDisk(Path("s")), VhostUserDisk(Path("./a/../s")))}, "one socket .* two disks"),
         ({"vhost_user_blk": (VhostUserDisk(Path("x" * 108)),)}, "too long: the limit is 107 bytes"),
+        *(
+            (
+                {"vhost_user_blk": (VhostUserDisk(Path("s"), queue_size=size),)},
+                f"--queue-size {size}: use a power of two",
+            )
+            for size in (-4, 0, 1, 100, 2048)
+        ),
+        ({"serial": Serial("unix", Path("x" * 108))}, "too long: the limit is 107 bytes"),
+        ({"serial": Serial("unix", Path("/dev/null/s"))}, "--serial /dev/null/s: Not a directory"),
+        ({"serial": Serial("unix", Path("/dev/null"))}, "/dev/null exists already"),
+        ({"shared_dirs": (SharedDir(Path("x" * 300), "tag"),)}, "--shared-dir .*: File name too long"),
+        ({"shared_dirs": (SharedDir(Path("/dev/null"), "tag"),)}, "--shared-dir /dev/null: no such folder"),
     ],
 )
 def test_what_cannot_start_is_one_line(tmp_path, options, message):

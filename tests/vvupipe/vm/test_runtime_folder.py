@@ -1,7 +1,11 @@
+import contextlib
+import fcntl
 import json
 import os
 import socket
 import stat
+import threading
+import time
 
 import pytest
 
@@ -126,3 +130,69 @@ def test_base_without_the_variable(monkeypatch):
     base = base_folder()
     assert base.stat().st_uid == os.getuid()
     assert stat.S_IMODE(base.stat().st_mode) == 0o700
+
+
+def test_who_looks_does_not_hinder_a_start(tmp_path, monkeypatch):
+    """Somebody lists the VMs in the moment between the making of the lock and its taking."""
+    opened = os.open
+    lookers = []
+
+    def open_and_be_looked_at(path, *arguments):
+        fd = opened(path, *arguments)
+        if str(path).endswith("vm0/lock") and not lookers:
+            looker = opened(path, os.O_RDWR)
+            fcntl.flock(looker, fcntl.LOCK_SH)
+            lookers.append(threading.Timer(0.2, os.close, [looker]))
+            lookers[0].start()
+        return fd
+
+    monkeypatch.setattr(os, "open", open_and_be_looked_at)
+    folder = started()
+    lookers[0].join()
+    assert [vm.name for vm in running_vms()] == ["vm0"]
+    folder.close()
+
+
+def test_two_who_look_do_not_see_each_other(tmp_path):
+    """A killed VM is listed by one while the other has its lock."""
+    folder = started()
+    forget(folder)
+    with open(tmp_path / "vvupipe" / "vm0" / "lock", "r+b") as other:
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        assert running_vms() == []
+
+
+def test_starting_and_looking_at_once():
+    """As often as it takes to have met, before there was a shared lock."""
+    ended = time.monotonic() + 1
+    stop = threading.Event()
+
+    def look():
+        while not stop.is_set():
+            running_vms()
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for looker in lookers:
+        looker.start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(stop.set)
+        while time.monotonic() < ended:
+            started().close()
+    for looker in lookers:
+        looker.join(10)
+
+
+@pytest.mark.parametrize("name", [".lock", "vm0/.vm.json.new"])
+def test_what_cannot_be_written_is_one_line(tmp_path, name):
+    base = base_folder()
+    if name == ".lock":
+        (base / name).mkdir()
+        with pytest.raises(UserError, match=r"cannot write .*XDG_RUNTIME_DIR"):
+            RuntimeFolder.create(None)
+        return
+    folder = RuntimeFolder.create(None)
+    (base / name).mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*XDG_RUNTIME_DIR"):
+        folder.describe(FIELDS)
+    folder.close()
+    assert not folder.path.exists()

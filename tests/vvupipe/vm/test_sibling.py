@@ -116,6 +116,12 @@ def test_the_runtime_is_kept(daemon, capsys):
     assert found["workload"]["read"]["requests"] > 100
 
 
+def test_a_runtime_of_less_than_a_nanosecond_ends_at_once(daemon, capsys):
+    status, found = run_json(capsys, daemon.socket, workload="read", runtime_s=1e-10)
+    assert (status, found["workload"]["unfinished"]) == (0, 0)
+    assert found["workload"]["duration_s"] < 10
+
+
 def test_verify(daemon, capsys):
     status, found = run_json(capsys, daemon.socket, workload="verify", numjobs=2, iodepth=8)
     result = found["workload"]
@@ -132,6 +138,19 @@ def test_copy_out_and_sha256(daemon, image, tmp_path, capsys):
     assert target.read_bytes() == image.read_bytes()
     assert found["sha256"] == found["copy_out"]["sha256"] == sha256(image)
     assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob(".*.partial"))
+
+
+def test_a_copy_that_cannot_be_written_is_refused_before_anything_is_done(daemon, image, tmp_path):
+    before = image.read_bytes()
+    with pytest.raises(UserError, match="No such file"):
+        run(daemon.socket, workload="write", copy_out=tmp_path / "no" / "copy.img")
+    assert image.read_bytes() == before
+
+
+def test_copy_out_to_the_longest_name(daemon, image, tmp_path):
+    target = tmp_path / ("ä" * 127)
+    assert run(daemon.socket, copy_out=target) == 0
+    assert target.read_bytes() == image.read_bytes()
 
 
 def test_copy_in(daemon, image, tmp_path, capsys):
@@ -156,6 +175,7 @@ def test_little_memory_makes_small_windows(daemon, image, tmp_path):
         ({"workload": "read", "bs": 1000}, "multiple of the disk's sector size"),
         ({"workload": "read", "bs": 0}, "above 0"),
         ({"workload": "read", "bs": 16 << 20}, "larger --mem"),
+        ({"workload": "read", "bs": 1 << 32, "iodepth": 1, "mem_mib": 8192}, "--bs 4294967296: .* at most 2 GiB"),
         ({"workload": "read", "iodepth": 257}, "larger --queue-size"),
         ({"workload": "read", "numjobs": 3}, "--numjobs 2 or less"),
         ({"workload": "read", "size": SIZE + 4096}, "the disk has 16 MiB"),
@@ -169,6 +189,8 @@ def test_little_memory_makes_small_windows(daemon, image, tmp_path):
         ({"copy_in": "missing"}, "No such file"),
         ({"copy_out": "no/folder"}, "No such file"),
         ({"copy_out": "."}, "no regular file"),
+        ({"copy_out": "x" * 300}, "File name too long"),
+        ({"copy_out": "disk.img/x"}, "Not a directory"),
     ],
 )
 def test_what_cannot_be_done_is_one_clear_line(daemon, tmp_path, options, match):

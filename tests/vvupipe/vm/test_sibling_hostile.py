@@ -1,6 +1,7 @@
 """The embedded sibling on a back-end that lies, forgets and breaks off: plain Python, one thread."""
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -130,6 +131,22 @@ def test_a_read_error_ends_a_copy(path, tmp_path):
     assert list(target.parent.iterdir()) == []
 
 
+def test_what_was_measured_before_an_error_is_not_lost(path, tmp_path, capsys):
+    backend = BlkBackend(path)
+    backend.prepare = lambda device: setattr(
+        device, "status", lambda kind, sector: IOERR if kind == IN and sector == 1024 else OK
+    )
+    with backend, pytest.raises(TransportError, match="I/O error"):
+        run(path, json=True, workload="write", copy_out=tmp_path / "copy")
+    found = json.loads(capsys.readouterr().out)
+    assert found["workload"]["write"]["bytes"] == SIZE
+    assert found["error"] == "the copy failed: read of sector 1024: I/O error"
+    assert "copy_out" not in found
+    with BlkBackend(path.with_name("t")), pytest.raises(UserError):
+        run(path.with_name("t"), json=True, workload="write", bs=1000)
+    assert capsys.readouterr().out == "", "nothing was done"
+
+
 def test_leaving_again_and_again_loses_nothing(path, capsys):
     backend = BlkBackend(path)
     backend.after = lambda served: "leave" if served % 7 == 3 and backend.connections < 12 else None
@@ -202,6 +219,22 @@ def test_a_disk_of_nothing(path, capsys):
         assert (status, found["disk"]["size_bytes"]) == (0, 0)
         with pytest.raises(UserError, match="less than one block"):
             run(path, workload="read")
+
+
+def test_a_disk_larger_than_any_file_is_one_line(path):
+    backend = BlkBackend(path)
+    config = backend.config()
+    backend.config = lambda: (1 << 54).to_bytes(8, "little") + config[8:]
+    with backend, pytest.raises(ProtocolError, match=f"the disk has {1 << 54} sectors"):
+        run(path)
+
+
+def test_a_serial_cannot_write_to_the_terminal(path, capsys):
+    backend = BlkBackend(path)
+    backend.prepare = lambda device: setattr(device, "serial", b"\x1b[2Jdisk\n")
+    with backend:
+        status, found = run_json(capsys, path)
+    assert (status, found["disk"]["serial"]) == (0, "?[2Jdisk")
 
 
 def test_requests_that_never_come_back_are_given_up(path, monkeypatch):
