@@ -33,12 +33,11 @@ from kernels.memory import (
     store_u32,
     store_u64,
 )
-from kernels.split_ring import avail_slot, needs_event, used_element
+from kernels.split_ring import avail_event, avail_slot, needs_event, used_element, used_event
 from kernels.virtio_layout import (
     AVAIL_F_NO_INTERRUPT,
     AVAIL_FLAGS,
     AVAIL_IDX,
-    AVAIL_RING,
     BLK_HEADER_SIZE,
     BLK_T_FLUSH,
     BLK_T_OUT,
@@ -46,11 +45,9 @@ from kernels.virtio_layout import (
     DESC_F_NEXT,
     DESC_F_WRITE,
     DESC_SIZE,
-    USED_ELEM_SIZE,
     USED_F_NO_NOTIFY,
     USED_FLAGS,
     USED_IDX,
-    USED_RING,
 )
 
 _ZERO = np.uint64(0)
@@ -70,12 +67,11 @@ def put_desc(address, target_gpa, length, flags, following):
 @kernel
 def reset_ring(ring):
     """Both rings empty and at index 0, as a device expects them at base 0."""
-    size = uint64(ring.size)
     for k in range(ring.size):
         put_desc(ring.desc + _DESC * uint64(k), _ZERO, 0, 0, 0)
     store_u16(ring.used + uint64(USED_FLAGS), uint16(0))
-    store_u16(ring.used + uint64(USED_RING) + uint64(USED_ELEM_SIZE) * size, uint16(0))
-    store_u16(ring.avail + uint64(AVAIL_RING) + uint64(2) * size, uint16(0))
+    store_u16(avail_event(ring), uint16(0))
+    store_u16(used_event(ring), uint16(0))
     store_u16(ring.avail + uint64(AVAIL_FLAGS), uint16(0))
     store_release_u16(ring.used + uint64(USED_IDX), uint16(0))
     store_release_u16(ring.avail + uint64(AVAIL_IDX), uint16(0))
@@ -149,7 +145,7 @@ def publish(ring):
     # The device writes avail_event (or flags), then looks at avail.idx; we do it the other way round.
     full_fence()
     if ring.event_idx:
-        event = load_u16(ring.used + uint64(USED_RING) + uint64(USED_ELEM_SIZE) * uint64(ring.size))
+        event = load_u16(avail_event(ring))
         wanted = needs_event(event, new, old)
     else:
         wanted = not load_u16(ring.used + uint64(USED_FLAGS)) & USED_F_NO_NOTIFY
@@ -223,7 +219,7 @@ def refuse_calls(ring):
 def want_calls(ring):
     """Ask for a call at the next used request. True when one is there already: do not sleep (2.7.7, 2.7.10)."""
     if ring.event_idx:
-        store_u16(ring.avail + uint64(AVAIL_RING) + uint64(2) * uint64(ring.size), ring.last_used_idx)
+        store_u16(used_event(ring), ring.last_used_idx)
     else:
         store_u16(ring.avail + uint64(AVAIL_FLAGS), uint16(0))
     full_fence()

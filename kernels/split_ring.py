@@ -54,6 +54,18 @@ def used_element(ring, index):
     return ring.used + uint64(USED_RING) + uint64(USED_ELEM_SIZE) * (uint64(index) & uint64(ring.size - 1))
 
 
+@inlined
+def used_event(ring):
+    """Address of the driver's word behind the available ring: when it wants to be called (2.7.7)."""
+    return ring.avail + uint64(AVAIL_RING) + uint64(2) * uint64(ring.size)
+
+
+@inlined
+def avail_event(ring):
+    """Address of the device's word behind the used ring: when it wants to be kicked (2.7.10)."""
+    return ring.used + uint64(USED_RING) + uint64(USED_ELEM_SIZE) * uint64(ring.size)
+
+
 @kernel
 def next_head(ring):
     """The head descriptor of the next available chain, which stays untaken; negative: ERR_HEAD_INDEX."""
@@ -98,7 +110,7 @@ def call_if_wanted(ring, one_address):
     # The driver writes used_event (or flags), then looks at used.idx; we do it the other way round.
     full_fence()
     if ring.event_idx:
-        event = load_u16(ring.avail + uint64(AVAIL_RING) + uint64(2) * uint64(ring.size))
+        event = load_u16(used_event(ring))
         wanted = not ring.signalled_valid or needs_event(event, ring.used_idx, ring.signalled_idx)
     else:
         wanted = not load_u16(ring.avail + uint64(AVAIL_FLAGS)) & AVAIL_F_NO_INTERRUPT
@@ -114,7 +126,7 @@ def call_if_wanted(ring, one_address):
 def want_kicks(ring):
     """Ask for a kick at the next available chain. True when one is there already: do not sleep (2.7.10)."""
     if ring.event_idx:
-        store_u16(ring.used + uint64(USED_RING) + uint64(USED_ELEM_SIZE) * uint64(ring.size), ring.last_avail_idx)
+        store_u16(avail_event(ring), ring.last_avail_idx)
     else:
         store_u16(ring.used + uint64(USED_FLAGS), uint16(0))
     full_fence()

@@ -31,7 +31,6 @@ from kernels.virtio_layout import (
     QUEUE_SIZE_MAX,
     USED_ELEM_SIZE,
     USED_IDX,
-    USED_RING,
 )
 
 _STATE = np.uint64(cb.offset_of(cb.VRING, "state"))
@@ -282,7 +281,7 @@ def mark_wish(ring):
     if ring.packed:
         dirty_log.mark_used(ring, 0, EVENT_BYTES)
     elif ring.event_idx:
-        dirty_log.mark_used(ring, uint64(USED_RING) + uint64(USED_ELEM_SIZE) * uint64(ring.size), 2)
+        dirty_log.mark_used(ring, split_ring.avail_event(ring) - ring.used, 2)
     else:
         dirty_log.mark_used(ring, 0, 2)
 
