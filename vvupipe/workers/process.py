@@ -17,7 +17,7 @@ import numpy.typing as npt
 from kernels import control_block as layout
 from kernels.loop_record import LOOP, POLLFD, POLLIN
 from kernels.ring_record import RING
-from kernels.status import ERR_RING_ADDRESS, MISS, OK, TEXT
+from kernels.status import ERR_MEMORY_GONE, ERR_RING_ADDRESS, MISS, OK, TEXT
 from vvupipe.errors import WorkerError
 from vvupipe.memory.mapping import Mapping
 from vvupipe.workers import bus_error_handler, commands, inflight_position
@@ -27,9 +27,6 @@ from vvupipe.workers.kernel_library import KernelLibrary
 from vvupipe.workers.worker_memory import Table, WorkerMemory
 
 log = logging.getLogger(__name__)
-
-_MEMORY_LOST = 3  # exit status of a worker that makes way for another one
-
 
 #: fields of RING that a start brings
 _SETUP = (
@@ -269,9 +266,11 @@ class Worker(CommandExecutor):
         if ring["state"] in (layout.VRING_RUNNING, layout.VRING_WAITING):
             return self._position(index)  # given to us already when we took over
         if self._block.workers["memory_errors"][self._index]:
+            if not fields["makes_way"]:
+                raise WorkerError(f"vring {index}: {TEXT[ERR_MEMORY_GONE]}")
             # Where pages were lost there are empty ones now; a new process has the memory as it is.
             log.warning("guest memory had lost pages: another worker takes over")
-            os._exit(_MEMORY_LOST)
+            os._exit(commands.MEMORY_LOST)
         self._close_fds(index)
         for name in ("kick_fd", "call_fd", "err_fd"):
             ring[name] = fds.pop(0) if fields[name] else -1
