@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import struct
+import time
 
 import pytest
 
@@ -245,5 +246,62 @@ def test_write_cache_that_cannot_be_written_when_it_is_turned_off(tmp_path, monk
                 frontend.tell(fe.SET_CONFIG, off)
                 assert sync.calls == 3
             back_end.check_reads(frontend)
+
+    play(tmp_path, story)
+
+
+WITH_STATE = fe.MQ | fe.REPLY_ACK | fe.CONFIG | fe.DEVICE_STATE
+
+
+def begin_load(frontend, state):
+    theirs, ours = os.pipe()
+    frontend.send(fe.SET_DEVICE_STATE_FD, struct.pack("=II", 1, 0), [theirs])
+    os.close(theirs)
+    with open(ours, "wb") as pipe:
+        pipe.write(state)
+
+
+@pytest.mark.parametrize("state", [b"[" * 50_000, b"1" * 5000, b"\xff", b"[]"], ids=["deep", "long", "no text", "list"])
+def test_device_state_that_is_broken_is_an_error_of_that_transfer(tmp_path, state):
+    def story(back_end):
+        with back_end.frontend(WITH_STATE) as frontend:
+            begin_load(frontend, state)
+            frontend.receive()
+            assert frontend.ask_u64(fe.CHECK_DEVICE_STATE) == 1
+            back_end.check_reads(frontend)
+
+    play(tmp_path, story)
+
+
+def test_device_state_after_which_nobody_asks(tmp_path, caplog):
+    def story(back_end):
+        with back_end.frontend(WITH_STATE) as frontend:
+            for _ in range(2):
+                begin_load(frontend, b"nonsense")
+                frontend.receive()
+                time.sleep(0.2)
+            back_end.check_reads(frontend)
+
+    play(tmp_path, story)
+    gc.collect()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_front_end_that_leaves_as_soon_as_a_transfer_begins(tmp_path):
+    """The back-end finds the end of the connection before the transfer's first step."""
+
+    def story(back_end):
+        with back_end.frontend() as frontend:
+            back_end.check_reads(frontend)
+        before = fds()
+        for _ in range(5):
+            with back_end.frontend(WITH_STATE) as frontend:
+                begin_load(frontend, b"{}")
+        with back_end.frontend() as frontend:
+            back_end.check_reads(frontend)
+        deadline = time.monotonic() + 10
+        while fds() != before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
     play(tmp_path, story)

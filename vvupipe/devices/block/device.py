@@ -188,7 +188,7 @@ class BlockDevice:
             fields = json.loads(state)
             known = (fields["vvupipe"], fields["device"]) == (_STATE_VERSION, self.kind)
             writeback = fields["writeback"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ProtocolError(f"{len(state)} bytes that are no state of a block device") from error
         if not known or not isinstance(writeback, bool):
             raise ProtocolError("a state of another device or version")
