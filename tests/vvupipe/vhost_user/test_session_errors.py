@@ -64,7 +64,7 @@ class BackEnd:
 
     async def play(self, story):
         cpus = sorted(os.sched_getaffinity(0))[:1]
-        device = BlockDevice(self.image, cpus, 1, 256, 50_000)
+        self.device = device = BlockDevice(self.image, cpus, 1, 256, 50_000)
         transport = SocketTransport.listen(self.socket)
         await device.start()
         serving = asyncio.create_task(self._serve(device, transport))
