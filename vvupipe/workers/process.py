@@ -6,6 +6,7 @@ calls `main`; this module knows nothing of the device.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -241,7 +242,8 @@ class Worker(CommandExecutor):
             ring["error"] = status
             self._set_state(index, layout.VRING_BROKEN)
             if ring["err_fd"] >= 0:
-                os.eventfd_write(int(ring["err_fd"]), 1)
+                with contextlib.suppress(OSError):  # it is the front-end's, and may be anything
+                    os.eventfd_write(int(ring["err_fd"]), 1)
         return status
 
     def _resume(self, index: int) -> int:

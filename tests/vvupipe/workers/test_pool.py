@@ -19,6 +19,7 @@ from tests.mock.driver_ring import DriverRing
 from tests.mock.guest_memory import GuestMemory
 from tests.vvupipe.workers.pool_kit import in_scene, read, until
 from vvupipe.errors import WorkerError
+from vvupipe.memory.doorbell import Doorbell
 from vvupipe.memory.region import MemoryRegion
 from vvupipe.workers.vring_setup import VringSetup
 
@@ -306,3 +307,26 @@ def test_memory_that_has_no_pages_for_a_new_worker_either(image, tmp_path):
         in_scene(image, story, num_vrings=2, num_workers=1)
     finally:
         subprocess.run(["umount", "-l", folder], timeout=20, check=True)
+
+
+def test_doorbell_of_no_use_of_a_ring_that_breaks(image):
+    """Its memory goes, which nobody can be told of: the other ring of the worker moves to where the memory is now."""
+
+    async def story(scene):
+        scene.memory.close()
+        scene.memory = GuestMemory([(0, 1 << 20), (1 << 32, 1 << 20)])
+        await scene.give_memory()
+        useless = os.open("/tmp", os.O_PATH)
+        first = DriverRing(scene.memory)
+        await scene.pool.start_vring(scene.setup(0, first, err=Doorbell(useless)))
+        scene.memory._next = (1 << 32) + 0x1000
+        disk = BlkDriver(DriverRing(scene.memory))
+        await scene.pool.start_vring(scene.setup(1, disk.ring))
+        (pid,) = scene.pool.pids()
+        ((gpa, size, uva, fd, offset),) = scene.memory.regions[1:]
+        await scene.pool.set_memory([MemoryRegion(gpa, size, uva, os.dup(fd), offset)])
+        assert scene.pool.block.vrings["state"][0] == VRING_BROKEN
+        assert await read(disk, 3) == image.read_bytes()[3 * 512 : 4 * 512]
+        assert scene.pool.pids() == [pid]
+
+    in_scene(image, story, num_vrings=2, num_workers=1)
