@@ -299,3 +299,13 @@ def test_fd_that_is_no_socket(tmp_path):
         SocketTransport.from_fd(999)
     with socket.socket(socket.AF_INET) as inet, pytest.raises(UserError, match="UNIX"):
         SocketTransport.from_fd(inet.fileno())
+
+
+@pytest.mark.parametrize("which", ["call", "err", "log_event"])
+def test_doorbell_whose_counter_is_full_blocks_nobody(pair, which):
+    eventfd = os.eventfd((1 << 32) - 1)
+    os.eventfd_write(eventfd, (1 << 64) - (1 << 32) - 1)
+    bell = getattr(pair[0], which)(Message(fe.SET_VRING_CALL, pack_u64(0), fds=[os.dup(eventfd)]))
+    bell.ring()
+    bell.close()
+    os.close(eventfd)
