@@ -305,3 +305,41 @@ def test_front_end_that_leaves_as_soon_as_a_transfer_begins(tmp_path):
             time.sleep(0.05)
 
     play(tmp_path, story)
+
+
+def test_kick_that_is_refused_leaves_the_ring_as_it_is(tmp_path, useless):
+    def story(back_end):
+        with back_end.frontend() as frontend:
+            frontend.start_vring(0, back_end.ring)
+            for kick in ([], [useless]):
+                with pytest.raises(fe.Refused):
+                    frontend.tell(fe.SET_VRING_KICK, struct.pack("=Q", 0), kick)
+            back_end.check_reads(frontend, start=False)
+
+    play(tmp_path, story)
+
+
+def test_in_band_notifications_that_end_before_they_began(tmp_path):
+    """Messages in one go: the back-end takes the next one before anything else."""
+    in_band = fe.MQ | fe.REPLY_ACK | fe.CONFIG | fe.BACKEND_REQ | fe.INBAND | fe.INFLIGHT_SHMFD
+    no_bell = fe.HEADER.pack(fe.SET_VRING_ERR, 1, 8) + struct.pack("=Q", 0x100)
+    refused = fe.HEADER.pack(fe.SET_VRING_KICK, 1 | fe.NEED_REPLY, 8) + struct.pack("=Q", 0x100)
+
+    def story(back_end):
+        with back_end.frontend(in_band) as frontend:
+            region = os.memfd_create("inflight")
+            os.ftruncate(region, 4096)
+            frontend.tell(fe.SET_INFLIGHT_FD, struct.pack("=QQHH4x", 4096, 0, 1, 2), [region])
+            os.close(region)
+            frontend.tell(fe.SET_VRING_NUM, struct.pack("=II", 0, back_end.ring.size))
+            frontend.set_addresses(0, back_end.ring)
+            frontend.tell(fe.SET_VRING_CALL, struct.pack("=Q", 0), [back_end.ring.call_fd])
+            frontend.enable(0, 1)
+            before = fds()
+            frontend.sock.sendall((refused + no_bell) * 10)
+            for _ in range(10):
+                frontend.receive()
+            time.sleep(0.3)
+            assert fds() <= before
+
+    play(tmp_path, story)
