@@ -201,7 +201,7 @@ class Worker(CommandExecutor):
 
     def _do_iotlb(self, fields: commands.Fields, fds: list[int]) -> None:
         """Change translations; rings that waited for one look again."""
-        if fields.get("clear") or fields.get("invalidate"):
+        if self._memory.takes_away(fields):
             self._drain()
         self._memory.change_translations(fields)
         self._place_again()
