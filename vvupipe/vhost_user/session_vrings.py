@@ -260,6 +260,8 @@ class SessionVrings:
         if vring.index >= told.num_queues or vring.size > told.queue_size:
             raise ProtocolError(f"vring {vring.index} of {vring.size} entries has no part of the inflight region")
         size = part_bytes(told.queue_size, packed=self.packed)
+        if (vring.index + 1) * size > told.size_bytes:
+            raise ProtocolError(f"an inflight region of {told.size_bytes} bytes, made for another layout of rings")
         return os.dup(area.fd), area.offset + vring.index * size, size
 
     # Start and stop.

@@ -14,6 +14,7 @@ from tests.mock import frontend as fe
 from tests.mock.blk_driver import BlkDriver
 from tests.mock.driver_ring import DriverRing
 from tests.mock.guest_memory import GuestMemory
+from tests.mock.packed_ring import PackedRing
 from tests.vvupipe.vhost_user.frontend_kit import open_fds
 from vvupipe.devices.block.device import BlockDevice
 from vvupipe.devices.block.image import open_image
@@ -341,5 +342,24 @@ def test_in_band_notifications_that_end_before_they_began(tmp_path):
                 frontend.receive()
             time.sleep(0.3)
             assert fds() <= before
+
+    play(tmp_path, story)
+
+
+def test_inflight_region_of_another_layout(tmp_path):
+    """It was given before the features: what the front-end did not say is its region stays as it is."""
+    split_bytes = 4160  # 256 entries
+
+    def story(back_end):
+        with back_end.frontend(fe.MQ | fe.REPLY_ACK | fe.CONFIG | fe.INFLIGHT_SHMFD) as frontend:
+            region = os.memfd_create("inflight")
+            os.ftruncate(region, 1 << 16)
+            payload = struct.pack("=QQHH4x", split_bytes, 0, 1, 256)
+            frontend.tell(fe.SET_INFLIGHT_FD, payload, [region])
+            frontend.tell(fe.SET_FEATURES, struct.pack("=Q", fe.F_VERSION_1 | fe.F_PROTOCOL_FEATURES | fe.F_PACKED))
+            with pytest.raises(fe.Refused):
+                frontend.start_vring(0, PackedRing(back_end.memory, 256), base=PackedRing.START)
+            assert not any(os.pread(region, 1 << 16, split_bytes))
+            os.close(region)
 
     play(tmp_path, story)
