@@ -139,8 +139,9 @@ class Worker(CommandExecutor):
 
     def _regions(self) -> Table:
         """What drivers' addresses mean."""
-        # Who has an IOTLB has it for every vring: the feature is the device's.
-        translated = bool(np.any(self._rings["iotlb"]))
+        # Who has an IOTLB has it for every vring: the feature is the device's. One that could not start tells nothing.
+        served = np.isin(self._rings["state"], (layout.VRING_RUNNING, layout.VRING_WAITING))
+        translated = bool(np.any(self._rings["iotlb"][served]))
         return self._memory.translations if translated else self._memory.table
 
     def _serve_again(self, index: int) -> None:

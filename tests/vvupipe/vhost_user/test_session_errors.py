@@ -33,7 +33,8 @@ WRITEBACK = 32  # its place in the configuration space
 class BackEnd:
     """A block device that serves one front-end after the other in this process; front-ends live in a thread."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, num_queues=1):
+        self.num_queues = num_queues
         path = folder / "disk.img"
         path.write_bytes(os.urandom(IMAGE_BYTES))
         self.content = path.read_bytes()
@@ -65,7 +66,7 @@ class BackEnd:
 
     async def play(self, story):
         cpus = sorted(os.sched_getaffinity(0))[:1]
-        self.device = device = BlockDevice(self.image, cpus, 1, 256, 50_000)
+        self.device = device = BlockDevice(self.image, cpus, self.num_queues, 256, 50_000)
         transport = SocketTransport.listen(self.socket)
         await device.start()
         serving = asyncio.create_task(self._serve(device, transport))

@@ -41,12 +41,12 @@ def tell_all(frontend, memory):
         tell(frontend, UPDATE, gpa, size, uva)
 
 
-def start(frontend, ring):
-    frontend.tell(fe.SET_VRING_NUM, struct.pack("=II", 0, ring.size))
-    frontend.tell(fe.SET_VRING_ADDR, struct.pack("=IIQQQQ", 0, 0, ring.desc, ring.used, ring.avail, 0))
-    frontend.tell(fe.SET_VRING_CALL, struct.pack("=Q", 0), [ring.call_fd])
-    frontend.tell(fe.SET_VRING_KICK, struct.pack("=Q", 0), [ring.kick_fd])
-    frontend.enable(0, 1)
+def start(frontend, ring, index=0):
+    frontend.tell(fe.SET_VRING_NUM, struct.pack("=II", index, ring.size))
+    frontend.tell(fe.SET_VRING_ADDR, struct.pack("=IIQQQQ", index, 0, ring.desc, ring.used, ring.avail, 0))
+    frontend.tell(fe.SET_VRING_CALL, struct.pack("=Q", index), [ring.call_fd])
+    frontend.tell(fe.SET_VRING_KICK, struct.pack("=Q", index), [ring.kick_fd])
+    frontend.enable(index, 1)
 
 
 def play(back_end, story):
@@ -150,3 +150,20 @@ def test_acknowledgement_of_a_wrong_size_ends_the_channel():
         await channel.close()
 
     asyncio.run(story())
+
+
+def test_ring_that_could_not_start_says_nothing_of_the_next_front_end(tmp_path):
+    """Which has no IOMMU, though the vring that was refused had one."""
+
+    def story(back_end):
+        with with_iommu(back_end) as frontend:
+            tell_all(frontend, back_end.memory)
+            back_end.ring.desc += 8  # misaligned
+            with pytest.raises(fe.Refused):
+                start(frontend, back_end.ring, 1)
+            back_end.ring.desc -= 8
+        with back_end.frontend() as frontend:
+            frontend.start_vring(0, back_end.ring)
+            assert BlkDriver(back_end.ring).read(2, 512) == back_end.content[1024:1536]
+
+    play(BackEnd(tmp_path, num_queues=2), story)
