@@ -396,7 +396,7 @@ def test_update_that_replaces_a_translation_in_use(slow, change):
         addresses = {f"{part}_uva": getattr(ring, part) for part in ("desc", "avail", "used")}
         await scene.pool.start_vring(scene.setup(0, ring, iotlb=True, **addresses))
         batch = BlkBatch(ring)
-        requests = await hold_reads(slow, batch)
+        await hold_reads(slow, batch)
         new = {
             "elsewhere": Translation(size - PAGE, PAGE, uva, ACCESS_BOTH),
             "read only": Translation(size - PAGE, PAGE, uva + size - PAGE, ACCESS_READ),
