@@ -38,6 +38,7 @@ class MessageSocket:
 
         Raises: ProtocolError when the framing is broken, Disconnected when the peer left in the middle.
         """
+        await asyncio.sleep(0)  # a peer that never pauses must not keep signals and everybody else from their turn
         start = await self._socket.receive_exactly(HEADER.size)
         if start is None:
             return None

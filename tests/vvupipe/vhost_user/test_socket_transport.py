@@ -309,3 +309,24 @@ def test_doorbell_whose_counter_is_full_blocks_nobody(pair, which):
     bell.ring()
     bell.close()
     os.close(eventfd)
+
+
+def test_peer_that_never_pauses_leaves_others_their_turn(pair):
+    connection, peer = pair
+    peer.sock.sendall(fe.HEADER.pack(fe.SET_OWNER, 1, 0) * 100)
+
+    async def test():
+        loop = asyncio.get_running_loop()
+        turns = 0
+
+        def turn():
+            nonlocal turns
+            turns += 1
+            loop.call_soon(turn)
+
+        turn()
+        for _ in range(100):
+            await connection.receive()
+        assert turns >= 100
+
+    run(test())
