@@ -274,7 +274,7 @@ class Worker(CommandExecutor):
             # Where pages were lost there are empty ones now; a new process has the memory as it is.
             log.warning("guest memory had lost pages: another worker takes over")
             os._exit(commands.MEMORY_LOST)
-        self._close_fds(index)
+        self._let_go(index)
         for name in ("kick_fd", "call_fd", "err_fd"):
             ring[name] = fds.pop(0) if fields[name] else -1
         if ring["kick_fd"] >= 0:
@@ -284,7 +284,7 @@ class Worker(CommandExecutor):
         record = self._block.vrings[index]
         for name in _COUNTERS:
             ring[name] = record[name]
-        ring["error"] = ring["inflight"] = 0
+        ring["error"] = 0
         ring["last_avail_idx"] = ring["used_idx"] = fields["base"]
         if fields["inflight_bytes"]:
             self._inflight[index] = Mapping(fds[0], int(fields["inflight_bytes"]), int(fields["inflight_offset"]))
@@ -296,6 +296,7 @@ class Worker(CommandExecutor):
         status = self._enter(index)
         if status not in (OK, MISS):
             self._to_resume.pop(index, None)
+            self._let_go(index)
             raise WorkerError(f"vring {index}: {TEXT.get(status, TEXT[ERR_RING_ADDRESS])}")
         return self._position(index)
 
@@ -318,11 +319,9 @@ class Worker(CommandExecutor):
         if ring["state"] == layout.VRING_RUNNING:
             self._kernels.call("want_kicks", self._ring_address(index))
         self._set_state(index, layout.VRING_STOPPED)
-        self._close_fds(index)
+        self._let_go(index)
         self._to_resume.pop(index, None)
-        ring["iotlb"] = ring["inflight"] = ring["resubmit_count"] = ring["resubmit_next"] = 0
-        if mapping := self._inflight.pop(index, None):
-            mapping.close()
+        ring["iotlb"] = ring["resubmit_count"] = ring["resubmit_next"] = 0
         return {"last_avail_idx": position, "undone": undone}
 
     def _stopped_at(self, index: int) -> tuple[int, int]:
@@ -379,8 +378,12 @@ class Worker(CommandExecutor):
     def _do_ping(self, fields: commands.Fields, fds: list[int]) -> None:
         """Nothing but the answer."""
 
-    def _close_fds(self, index: int) -> None:
+    def _let_go(self, index: int) -> None:
+        """Close what a ring has of its own."""
         ring: Any = self._rings[index]
+        ring["inflight"] = 0
+        if mapping := self._inflight.pop(index, None):
+            mapping.close()
         for name in ("kick_fd", "call_fd", "err_fd"):
             if ring[name] >= 0:
                 os.close(int(ring[name]))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -94,13 +95,22 @@ def test_worker_that_keeps_dying_is_given_up(image):
     in_scene(image, story)
 
 
+def files_of(scene):
+    """How many fds and mappings the first worker has."""
+    process = Path(f"/proc/{scene.pool.pids()[0]}")
+    return len(list((process / "fd").iterdir())), (process / "maps").read_text().count("vvupipe-")
+
+
 def test_ring_outside_of_memory_is_refused_and_its_driver_told(image):
     async def story(scene):
+        await scene.pool.start()
         await scene.give_memory()
         ring = DriverRing(scene.memory)
+        before = files_of(scene)
         with pytest.raises(WorkerError, match="outside of guest memory"):
             await scene.pool.start_vring(scene.setup(0, ring, used_uva=0x1000))
         assert ring.broken(1)
+        assert files_of(scene) == before, "it is nobody's any more"
 
     in_scene(image, story)
 
