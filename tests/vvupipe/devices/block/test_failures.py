@@ -4,12 +4,15 @@ import asyncio
 import errno
 import os
 
+import numpy as np
 import pytest
 
+from kernels.region_table import COLUMNS
 from tests.vvupipe.workers.pool_kit import until
 from vvupipe.devices.block import device as device_module
 from vvupipe.devices.block.device import BlockDevice
 from vvupipe.devices.block.image import open_image
+from vvupipe.devices.block.worker import BlockKernel
 from vvupipe.errors import WorkerError
 
 pytestmark = pytest.mark.timeout(60)
@@ -57,3 +60,14 @@ def test_shrunk_image_that_a_worker_was_not_told_of(tmp_path, monkeypatch, caplo
 
     asyncio.run(play())
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_memory_that_the_kernel_refused_slows_nobody_down_later():
+    """The next front-end's memory is tried anew."""
+    kernel = BlockKernel()
+    kernel._registers = False
+    kernel._helper_disks = [kernel._disk.copy()]
+    for disk in (kernel._disk, *kernel._helper_disks):
+        disk["bounces"] = 1
+    kernel.use_memory(np.zeros((0, COLUMNS), np.uint64))
+    assert not any(disk["bounces"][0] for disk in (kernel._disk, *kernel._helper_disks))
