@@ -61,6 +61,16 @@ class Iotlb:
             if entry.end > end:
                 self._add(Translation(end, entry.end - end, entry.uva + end - entry.iova, entry.access))
 
+    def replaces(self, new: Translation) -> bool:
+        """Whether an update would lead an address elsewhere than until now, or with less access."""
+        first = max(0, bisect.bisect_right(self._starts, new.iova) - 1)
+        last = bisect.bisect_left(self._starts, new.end)
+        before = [self._entries[start] for start in self._starts[first:last]]
+        return any(
+            entry.end > new.iova and (entry.uva - entry.iova != new.uva - new.iova or entry.access & ~new.access)
+            for entry in before
+        )
+
     def find(self, iova: int) -> Translation | None:
         """The translation of one address."""
         place = bisect.bisect_right(self._starts, iova) - 1

@@ -40,7 +40,10 @@ class BackendChannel:
             if self._acks:
                 self._waiting.append((kind, answer))
             log.debug("-> back-end channel: %s, %d bytes", kind.name, len(payload))
-            await self._channel.send(Message(kind, payload, flags))
+            try:
+                await self._channel.send(Message(kind, payload, flags))
+            except OSError as error:  # it is the front-end's, and may be a socket of any kind
+                raise Disconnected(f"nothing can be sent on the back-end channel: {error.strerror}") from error
         if not self._acks:
             return None
         try:
@@ -57,9 +60,10 @@ class BackendChannel:
                 if not message.is_reply or not self._waiting or self._waiting[0][0] != message.request:
                     log.warning("a message %d on the back-end channel that nobody asked for", message.request)
                     continue
+                code = unpack_u64(message)
                 _, answer = self._waiting.popleft()
                 if not answer.done():
-                    answer.set_result(unpack_u64(message))
+                    answer.set_result(code)
         except (ProtocolError, TransportError, OSError) as error:
             reason = str(error)
             log.warning("back-end channel: %s", error)

@@ -272,6 +272,7 @@ class Session:
         if self._channel:
             await self._channel.close()
         self._channel = BackendChannel(channel, acks=ProtocolFeature.REPLY_ACK in self._protocol)
+        self._memory.ask_again()
 
     def _tell_config_change(self) -> None:
         task = asyncio.create_task(self._send_config_change())

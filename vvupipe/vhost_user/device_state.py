@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from functools import partial
 
 from vvupipe.errors import ProtocolError
 from vvupipe.pipe import read_all, write_all
@@ -44,6 +45,8 @@ class StateTransfers:
             return pack_u64(_FAILED | STATE_NO_FD)
         work = self._save if transfer.direction == StateDirection.SAVE else self._load
         self._task = asyncio.create_task(work(fd))
+        # Not in the task: one that is cancelled before its first step does nothing.
+        self._task.add_done_callback(partial(_ended, fd))
         return pack_u64(STATE_NO_FD)
 
     async def check(self) -> bytes:
@@ -66,16 +69,17 @@ class StateTransfers:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _save(self, fd: int) -> None:
-        try:
-            await write_all(fd, self._device.save_state())
-        finally:
-            os.close(fd)
+        await write_all(fd, self._device.save_state())
 
     async def _load(self, fd: int) -> None:
         try:
             state = await read_all(fd, _STATE_MAX_BYTES)
         except ValueError as error:
             raise ProtocolError(f"a state of which {error}") from error
-        finally:
-            os.close(fd)
         self._device.load_state(state)
+
+
+def _ended(fd: int, task: asyncio.Task[None]) -> None:
+    os.close(fd)
+    if not task.cancelled():
+        task.exception()  # a front-end need not ask how it went

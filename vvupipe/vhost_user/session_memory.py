@@ -47,7 +47,8 @@ class SessionMemory:
         self._log: FileArea | None = None
         self._logging = False
         self._fruitless: dict[int, tuple[int, int]] = {}
-        self._asking: dict[int, asyncio.Task[None]] = {}
+        self._known: dict[int, int] = {}  # vring -> an address it lacks though it is known, as of the last message
+        self._asking: dict[int, asyncio.Task[bool]] = {}
         self.channel: Callable[[], BackendChannel | None] = lambda: None
         pool.on_waiting = self._ask_all
 
@@ -123,6 +124,7 @@ class SessionMemory:
         try:
             entry = IotlbEntry.unpack(message)
             log.debug("IOTLB message %d: %#x bytes at %#x", entry.kind, entry.size_bytes, entry.iova)
+            self._known.clear()
             if not entry.size_bytes or entry.iova + entry.size_bytes > _ADDRESS_END:
                 raise ProtocolError(f"a translation of {entry.size_bytes:#x} bytes at {entry.iova:#x}")
             if entry.kind == IotlbType.UPDATE:
@@ -155,16 +157,40 @@ class SessionMemory:
                 self._asking[index] = task
                 task.add_done_callback(partial(self._asked, index))
 
-    def _asked(self, index: int, _: asyncio.Task[None]) -> None:
+    def ask_again(self) -> None:
+        """There is a back-end channel, which there was not, or not one that worked."""
+        self._pool.on_waiting()
+
+    def _asked(self, index: int, task: asyncio.Task[bool]) -> None:
         self._asking.pop(index, None)
-        if self._pool.waiting():
+        # Who could not be asked is not asked anew at once, and for ever.
+        if not task.cancelled() and task.result() and self._pool.waiting():
             self._pool.on_waiting()
 
-    async def _ask(self, index: int, iova: int, access: int) -> None:
+    async def _ask(self, index: int, iova: int, access: int) -> bool:
+        """Whether it was possible to ask."""
+        try:
+            await self._find(index, iova, access)
+        except (Disconnected, TransportError) as error:
+            log.warning("the front-end cannot be asked for a translation of %#x: %s", iova, error)
+            return False
+        except ProtocolError as error:
+            log.warning("no translation of %#x: %s", iova, error)
+        except WorkerError as error:
+            log.warning("vring %d goes on waiting for a translation of %#x: %s", index, iova, error)
+            return False
+        return True
+
+    async def _find(self, index: int, iova: int, access: int) -> None:
         known = self._pool.translation(iova)
         if known and (known.access & access == access or known.access & ACCESS_REFUSED):
-            await self._pool.change_translations()  # it came meanwhile; have the vring look again
-            return
+            if known.access & ACCESS_REFUSED or self._known.get(index) != iova:
+                self._known[index] = iova
+                await self._pool.change_translations()  # it came meanwhile; have the vring look again
+                return
+            # That did not help: the memory that it leads to is gone.
+            await self._pool.change_translations(invalidate=[(known.iova, known.size_bytes)])
+        self._known.pop(index, None)
         log.debug("vring %d misses %#x for %d", index, iova, access)
         channel = self.channel()
         page = iova & ~(_PAGE - 1)
@@ -173,11 +199,7 @@ class SessionMemory:
             log.warning("vring %d lacks a translation of %#x and there is no back-end channel to ask on", index, iova)
         else:
             miss = IotlbEntry(iova, 1, 0, access, IotlbType.MISS)
-            try:
-                code = await channel.request(BackendRequest.IOTLB_MSG, miss.pack())
-            except (Disconnected, ProtocolError, TransportError) as error:
-                log.warning("the front-end cannot be asked for a translation of %#x: %s", iova, error)
-                return
+            code = await channel.request(BackendRequest.IOTLB_MSG, miss.pack())
             if code is None:
                 await self._arrival(iova, access)
         known = self._pool.translation(iova)

@@ -161,8 +161,14 @@ class SessionVrings:
     async def set_kick(self, message: Message) -> None:
         """SET_VRING_KICK."""
         vring = self._vring(unpack_u64(message) & VRING_INDEX_MASK)
-        await self._stop(vring)
-        vring.set_kick(self._connection.kick(message))
+        kick = self._connection.kick(message)  # what is refused leaves the ring as it is
+        try:
+            await self._stop(vring)
+        except BaseException:
+            if kick is not None:
+                os.close(kick)
+            raise
+        vring.set_kick(kick)
         await self._start_if_complete(vring)
 
     async def kick_in_band(self, message: Message) -> None:
@@ -254,6 +260,8 @@ class SessionVrings:
         if vring.index >= told.num_queues or vring.size > told.queue_size:
             raise ProtocolError(f"vring {vring.index} of {vring.size} entries has no part of the inflight region")
         size = part_bytes(told.queue_size, packed=self.packed)
+        if (vring.index + 1) * size > told.size_bytes:
+            raise ProtocolError(f"an inflight region of {told.size_bytes} bytes, made for another layout of rings")
         return os.dup(area.fd), area.offset + vring.index * size, size
 
     # Start and stop.
@@ -346,7 +354,10 @@ class SessionVrings:
             doorbell.close()
             raise
         vring.set_doorbell(which, doorbell)
-        self._in_band[vring.index, which] = asyncio.create_task(self._relay(watched, vring.index, kind))
+        task = asyncio.create_task(self._relay(watched, vring.index, kind))
+        # Not in the task: one that is cancelled before its first step does nothing.
+        task.add_done_callback(lambda _: os.close(watched))
+        self._in_band[vring.index, which] = task
 
     async def _relay(self, fd: int, index: int, kind: BackendRequest) -> None:
         try:
@@ -361,8 +372,6 @@ class SessionVrings:
                 await channel.request(kind, VringState(index, 0).pack())
         except (Disconnected, ProtocolError, TransportError) as error:
             log.warning("in-band notifications of vring %d end: %s", index, error)
-        finally:
-            os.close(fd)
 
 
 def _copy(doorbell: Doorbell | None) -> Doorbell | None:

@@ -38,6 +38,7 @@ class MessageSocket:
 
         Raises: ProtocolError when the framing is broken, Disconnected when the peer left in the middle.
         """
+        await asyncio.sleep(0)  # a peer that never pauses must not keep signals and everybody else from their turn
         start = await self._socket.receive_exactly(HEADER.size)
         if start is None:
             return None
@@ -133,7 +134,7 @@ class SocketConnection:
     def call(self, message: Message) -> Doorbell | None:
         """See transport.Connection."""
         fd = self._eventfd(message)
-        return None if fd is None else Doorbell(fd)
+        return None if fd is None else _doorbell(fd)
 
     def err(self, message: Message) -> Doorbell | None:
         """See transport.Connection."""
@@ -141,7 +142,7 @@ class SocketConnection:
 
     def log_event(self, message: Message) -> Doorbell | None:
         """See transport.Connection."""
-        return Doorbell(message.take_fd())
+        return _doorbell(message.take_fd())
 
     def back_end_channel(self, message: Message) -> MessageSocket:
         """See transport.Connection: the socket that comes with the message."""
@@ -165,6 +166,13 @@ class SocketConnection:
     def close(self) -> None:
         """See transport.Connection."""
         self._messages.close()
+
+
+def _doorbell(fd: int) -> Doorbell:
+    """Non-blocking: a counter that is full must not keep a worker waiting. One that cannot be is of no use anyway."""
+    with contextlib.suppress(OSError):
+        os.set_blocking(fd, False)
+    return Doorbell(fd)
 
 
 def check_backing(fd: int, needed_bytes: int) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 PACKET_MAX_BYTES = 64 << 10
 FDS_MAX = 64
+#: Exit status of a worker whose guest memory has lost pages: it makes way for another one.
+MEMORY_LOST = 3
 
 Fields = dict[str, Any]
 

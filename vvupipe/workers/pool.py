@@ -216,11 +216,21 @@ class WorkerPool:
             raise
         slot.vrings[setup.index] = setup
         try:
-            answer = await self._command(slot, *_start_command(setup))
+            answer = await self._start(slot, setup)
         except WorkerError:
             self._forget(slot, setup.index)
             raise
         return StartedVring(int(answer["last_avail_idx"]), int(answer["again"]), bool(answer["waits"]))
+
+    async def _start(self, slot: _Slot, setup: VringSetup) -> commands.Fields:
+        """Start a vring. A worker whose guest memory has lost pages makes way for another one, but only once."""
+        handle = await self._worker(slot)
+        try:
+            return await handle.command(*_start_command(setup, makes_way=True))
+        except WorkerDied:
+            await handle.wait()
+            await asyncio.sleep(0)
+        return await self._command(slot, *_start_command(setup))
 
     def _give_inflight(self, setup: VringSetup) -> None:
         """See that a vring has an inflight region. Raises: UserError, OSError when there is no room for one."""
@@ -352,9 +362,8 @@ class WorkerPool:
         await handle.command(opening, [self.block.fd, self._notice_fd, *self._device.fds], OPEN_TIMEOUT_S)
         with self._memory.fds_kept():
             coming = self._memory.coming()
-            for command in self._memory.commands():
-                await handle.command(*command)
-            for command in coming:
+            # What it refuses, as memory that was truncated meanwhile, breaks vrings, and is no reason to do without it.
+            for command in [*self._memory.commands(), *coming]:
                 await self._try(handle, command, "memory")
         for setup in list(slot.vrings.values()):
             if slot.vrings.get(setup.index) is setup:  # else it was forgotten meanwhile, its fds are closed
@@ -385,7 +394,8 @@ class WorkerPool:
             len(slot.vrings),
         )
         try:
-            self._note_death(slot)
+            if code != commands.MEMORY_LOST:
+                self._note_death(slot)
             await self._worker(slot)
         except WorkerError as error:
             if not self.failed.done():
@@ -400,7 +410,7 @@ class WorkerPool:
             raise error
 
 
-def _start_command(setup: VringSetup) -> Command:
+def _start_command(setup: VringSetup, *, makes_way: bool = False) -> Command:
     fds = [setup.kick_fd] if setup.kick_fd >= 0 else []
     fds += [doorbell.fd for doorbell in (setup.call, setup.err) if doorbell]
     fds += [setup.inflight_fd] if setup.inflight_fd >= 0 else []
@@ -409,4 +419,4 @@ def _start_command(setup: VringSetup) -> Command:
         "call_fd": setup.call is not None,
         "err_fd": setup.err is not None,
     }
-    return {"op": "start", **setup.fields(), **given}, fds
+    return {"op": "start", "makes_way": makes_way, **setup.fields(), **given}, fds

@@ -6,6 +6,7 @@ calls `main`; this module knows nothing of the device.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from kernels import control_block as layout
 from kernels.loop_record import LOOP, POLLFD, POLLIN
 from kernels.ring_record import RING
-from kernels.status import ERR_RING_ADDRESS, MISS, OK, TEXT
+from kernels.status import ERR_MEMORY_GONE, ERR_RING_ADDRESS, MISS, OK, TEXT
 from vvupipe.errors import WorkerError
 from vvupipe.memory.mapping import Mapping
 from vvupipe.workers import bus_error_handler, commands, inflight_position
@@ -27,9 +28,6 @@ from vvupipe.workers.kernel_library import KernelLibrary
 from vvupipe.workers.worker_memory import Table, WorkerMemory
 
 log = logging.getLogger(__name__)
-
-_MEMORY_LOST = 3  # exit status of a worker that makes way for another one
-
 
 #: fields of RING that a start brings
 _SETUP = (
@@ -141,8 +139,9 @@ class Worker(CommandExecutor):
 
     def _regions(self) -> Table:
         """What drivers' addresses mean."""
-        # Who has an IOTLB has it for every vring: the feature is the device's.
-        translated = bool(np.any(self._rings["iotlb"]))
+        # Who has an IOTLB has it for every vring: the feature is the device's. One that could not start tells nothing.
+        served = np.isin(self._rings["state"], (layout.VRING_RUNNING, layout.VRING_WAITING))
+        translated = bool(np.any(self._rings["iotlb"][served]))
         return self._memory.translations if translated else self._memory.table
 
     def _serve_again(self, index: int) -> None:
@@ -203,7 +202,7 @@ class Worker(CommandExecutor):
 
     def _do_iotlb(self, fields: commands.Fields, fds: list[int]) -> None:
         """Change translations; rings that waited for one look again."""
-        if fields.get("clear") or fields.get("invalidate"):
+        if self._memory.takes_away(fields):
             self._drain()
         self._memory.change_translations(fields)
         self._place_again()
@@ -244,7 +243,8 @@ class Worker(CommandExecutor):
             ring["error"] = status
             self._set_state(index, layout.VRING_BROKEN)
             if ring["err_fd"] >= 0:
-                os.eventfd_write(int(ring["err_fd"]), 1)
+                with contextlib.suppress(OSError):  # it is the front-end's, and may be anything
+                    os.eventfd_write(int(ring["err_fd"]), 1)
         return status
 
     def _resume(self, index: int) -> int:
@@ -269,10 +269,12 @@ class Worker(CommandExecutor):
         if ring["state"] in (layout.VRING_RUNNING, layout.VRING_WAITING):
             return self._position(index)  # given to us already when we took over
         if self._block.workers["memory_errors"][self._index]:
+            if not fields["makes_way"]:
+                raise WorkerError(f"vring {index}: {TEXT[ERR_MEMORY_GONE]}")
             # Where pages were lost there are empty ones now; a new process has the memory as it is.
             log.warning("guest memory had lost pages: another worker takes over")
-            os._exit(_MEMORY_LOST)
-        self._close_fds(index)
+            os._exit(commands.MEMORY_LOST)
+        self._let_go(index)
         for name in ("kick_fd", "call_fd", "err_fd"):
             ring[name] = fds.pop(0) if fields[name] else -1
         if ring["kick_fd"] >= 0:
@@ -282,7 +284,7 @@ class Worker(CommandExecutor):
         record = self._block.vrings[index]
         for name in _COUNTERS:
             ring[name] = record[name]
-        ring["error"] = ring["inflight"] = 0
+        ring["error"] = 0
         ring["last_avail_idx"] = ring["used_idx"] = fields["base"]
         if fields["inflight_bytes"]:
             self._inflight[index] = Mapping(fds[0], int(fields["inflight_bytes"]), int(fields["inflight_offset"]))
@@ -294,6 +296,7 @@ class Worker(CommandExecutor):
         status = self._enter(index)
         if status not in (OK, MISS):
             self._to_resume.pop(index, None)
+            self._let_go(index)
             raise WorkerError(f"vring {index}: {TEXT.get(status, TEXT[ERR_RING_ADDRESS])}")
         return self._position(index)
 
@@ -316,11 +319,9 @@ class Worker(CommandExecutor):
         if ring["state"] == layout.VRING_RUNNING:
             self._kernels.call("want_kicks", self._ring_address(index))
         self._set_state(index, layout.VRING_STOPPED)
-        self._close_fds(index)
+        self._let_go(index)
         self._to_resume.pop(index, None)
-        ring["iotlb"] = ring["inflight"] = ring["resubmit_count"] = ring["resubmit_next"] = 0
-        if mapping := self._inflight.pop(index, None):
-            mapping.close()
+        ring["iotlb"] = ring["resubmit_count"] = ring["resubmit_next"] = 0
         return {"last_avail_idx": position, "undone": undone}
 
     def _stopped_at(self, index: int) -> tuple[int, int]:
@@ -377,8 +378,12 @@ class Worker(CommandExecutor):
     def _do_ping(self, fields: commands.Fields, fds: list[int]) -> None:
         """Nothing but the answer."""
 
-    def _close_fds(self, index: int) -> None:
+    def _let_go(self, index: int) -> None:
+        """Close what a ring has of its own."""
         ring: Any = self._rings[index]
+        ring["inflight"] = 0
+        if mapping := self._inflight.pop(index, None):
+            mapping.close()
         for name in ("kick_fd", "call_fd", "err_fd"):
             if ring[name] >= 0:
                 os.close(int(ring[name]))

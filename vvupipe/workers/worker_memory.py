@@ -64,6 +64,12 @@ class WorkerMemory:
         self._translate()
         return unused
 
+    def takes_away(self, fields: commands.Fields) -> bool:
+        """Whether a change of translations leads somewhere else what requests that are under way may use."""
+        return bool(fields.get("clear") or fields.get("invalidate")) or any(
+            self._iotlb.replaces(Translation(*entry)) for entry in fields.get("update", ())
+        )
+
     def change_translations(self, fields: commands.Fields) -> None:
         """`clear`, then `invalidate`: (iova, size) each, then `update`: (iova, size, uva, access) each."""
         if fields.get("clear"):

@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import struct
+import time
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.mock import frontend as fe
 from tests.mock.blk_driver import BlkDriver
 from tests.mock.driver_ring import DriverRing
 from tests.mock.guest_memory import GuestMemory
+from tests.mock.packed_ring import PackedRing
 from tests.vvupipe.vhost_user.frontend_kit import open_fds
 from vvupipe.devices.block.device import BlockDevice
 from vvupipe.devices.block.image import open_image
@@ -31,7 +33,8 @@ WRITEBACK = 32  # its place in the configuration space
 class BackEnd:
     """A block device that serves one front-end after the other in this process; front-ends live in a thread."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, num_queues=1):
+        self.num_queues = num_queues
         path = folder / "disk.img"
         path.write_bytes(os.urandom(IMAGE_BYTES))
         self.content = path.read_bytes()
@@ -63,7 +66,7 @@ class BackEnd:
 
     async def play(self, story):
         cpus = sorted(os.sched_getaffinity(0))[:1]
-        device = BlockDevice(self.image, cpus, 1, 256, 50_000)
+        self.device = device = BlockDevice(self.image, cpus, self.num_queues, 256, 50_000)
         transport = SocketTransport.listen(self.socket)
         await device.start()
         serving = asyncio.create_task(self._serve(device, transport))
@@ -245,5 +248,119 @@ def test_write_cache_that_cannot_be_written_when_it_is_turned_off(tmp_path, monk
                 frontend.tell(fe.SET_CONFIG, off)
                 assert sync.calls == 3
             back_end.check_reads(frontend)
+
+    play(tmp_path, story)
+
+
+WITH_STATE = fe.MQ | fe.REPLY_ACK | fe.CONFIG | fe.DEVICE_STATE
+
+
+def begin_load(frontend, state):
+    theirs, ours = os.pipe()
+    frontend.send(fe.SET_DEVICE_STATE_FD, struct.pack("=II", 1, 0), [theirs])
+    os.close(theirs)
+    with open(ours, "wb") as pipe:
+        pipe.write(state)
+
+
+@pytest.mark.parametrize("state", [b"[" * 50_000, b"1" * 5000, b"\xff", b"[]"], ids=["deep", "long", "no text", "list"])
+def test_device_state_that_is_broken_is_an_error_of_that_transfer(tmp_path, state):
+    def story(back_end):
+        with back_end.frontend(WITH_STATE) as frontend:
+            begin_load(frontend, state)
+            frontend.receive()
+            assert frontend.ask_u64(fe.CHECK_DEVICE_STATE) == 1
+            back_end.check_reads(frontend)
+
+    play(tmp_path, story)
+
+
+def test_device_state_after_which_nobody_asks(tmp_path, caplog):
+    def story(back_end):
+        with back_end.frontend(WITH_STATE) as frontend:
+            for _ in range(2):
+                begin_load(frontend, b"nonsense")
+                frontend.receive()
+                time.sleep(0.2)
+            back_end.check_reads(frontend)
+
+    play(tmp_path, story)
+    gc.collect()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_front_end_that_leaves_as_soon_as_a_transfer_begins(tmp_path):
+    """The back-end finds the end of the connection before the transfer's first step."""
+
+    def story(back_end):
+        with back_end.frontend() as frontend:
+            back_end.check_reads(frontend)
+        before = fds()
+        for _ in range(5):
+            with back_end.frontend(WITH_STATE) as frontend:
+                begin_load(frontend, b"{}")
+        with back_end.frontend() as frontend:
+            back_end.check_reads(frontend)
+        deadline = time.monotonic() + 10
+        while fds() != before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    play(tmp_path, story)
+
+
+def test_kick_that_is_refused_leaves_the_ring_as_it_is(tmp_path, useless):
+    def story(back_end):
+        with back_end.frontend() as frontend:
+            frontend.start_vring(0, back_end.ring)
+            for kick in ([], [useless]):
+                with pytest.raises(fe.Refused):
+                    frontend.tell(fe.SET_VRING_KICK, struct.pack("=Q", 0), kick)
+            back_end.check_reads(frontend, start=False)
+
+    play(tmp_path, story)
+
+
+def test_in_band_notifications_that_end_before_they_began(tmp_path):
+    """Messages in one go: the back-end takes the next one before anything else."""
+    in_band = fe.MQ | fe.REPLY_ACK | fe.CONFIG | fe.BACKEND_REQ | fe.INBAND | fe.INFLIGHT_SHMFD
+    no_bell = fe.HEADER.pack(fe.SET_VRING_ERR, 1, 8) + struct.pack("=Q", 0x100)
+    refused = fe.HEADER.pack(fe.SET_VRING_KICK, 1 | fe.NEED_REPLY, 8) + struct.pack("=Q", 0x100)
+
+    def story(back_end):
+        with back_end.frontend(in_band) as frontend:
+            region = os.memfd_create("inflight")
+            os.ftruncate(region, 4096)
+            frontend.tell(fe.SET_INFLIGHT_FD, struct.pack("=QQHH4x", 4096, 0, 1, 2), [region])
+            os.close(region)
+            frontend.tell(fe.SET_VRING_NUM, struct.pack("=II", 0, back_end.ring.size))
+            frontend.set_addresses(0, back_end.ring)
+            frontend.tell(fe.SET_VRING_CALL, struct.pack("=Q", 0), [back_end.ring.call_fd])
+            frontend.enable(0, 1)
+            before = fds()
+            frontend.sock.sendall((refused + no_bell) * 10)
+            for _ in range(10):
+                frontend.receive()
+            time.sleep(0.3)
+            assert fds() <= before
+
+    play(tmp_path, story)
+
+
+def test_inflight_region_of_another_layout(tmp_path):
+    """It was given before the features: what the front-end did not say is its region stays as it is."""
+    split_bytes = 4160  # 256 entries
+
+    def story(back_end):
+        with back_end.frontend(fe.MQ | fe.REPLY_ACK | fe.CONFIG | fe.INFLIGHT_SHMFD) as frontend:
+            region = os.memfd_create("inflight")
+            os.ftruncate(region, 1 << 16)
+            payload = struct.pack("=QQHH4x", split_bytes, 0, 1, 256)
+            frontend.tell(fe.SET_INFLIGHT_FD, payload, [region])
+            frontend.tell(fe.SET_FEATURES, struct.pack("=Q", fe.F_VERSION_1 | fe.F_PROTOCOL_FEATURES | fe.F_PACKED))
+            with pytest.raises(fe.Refused):
+                frontend.start_vring(0, PackedRing(back_end.memory, 256), base=PackedRing.START)
+            assert not any(os.pread(region, 1 << 16, split_bytes))
+            os.close(region)
 
     play(tmp_path, story)

@@ -299,3 +299,34 @@ def test_fd_that_is_no_socket(tmp_path):
         SocketTransport.from_fd(999)
     with socket.socket(socket.AF_INET) as inet, pytest.raises(UserError, match="UNIX"):
         SocketTransport.from_fd(inet.fileno())
+
+
+@pytest.mark.parametrize("which", ["call", "err", "log_event"])
+def test_doorbell_whose_counter_is_full_blocks_nobody(pair, which):
+    eventfd = os.eventfd((1 << 32) - 1)
+    os.eventfd_write(eventfd, (1 << 64) - (1 << 32) - 1)
+    bell = getattr(pair[0], which)(Message(fe.SET_VRING_CALL, pack_u64(0), fds=[os.dup(eventfd)]))
+    bell.ring()
+    bell.close()
+    os.close(eventfd)
+
+
+def test_peer_that_never_pauses_leaves_others_their_turn(pair):
+    connection, peer = pair
+    peer.sock.sendall(fe.HEADER.pack(fe.SET_OWNER, 1, 0) * 100)
+
+    async def test():
+        loop = asyncio.get_running_loop()
+        turns = 0
+
+        def turn():
+            nonlocal turns
+            turns += 1
+            loop.call_soon(turn)
+
+        turn()
+        for _ in range(100):
+            await connection.receive()
+        assert turns >= 100
+
+    run(test())

@@ -16,10 +16,10 @@ from vvupipe.workers.vring_setup import VringSetup
 class Scene:
     """The pool of a block device on an image, and a guest's memory to serve."""
 
-    def __init__(self, image, num_vrings=2, *, engine=Engine.AUTO, sqpoll=False, direct=False):
+    def __init__(self, image, num_vrings=2, *, engine=Engine.AUTO, sqpoll=False, direct=False, num_workers=None):
         self.image = open_image(image, read_only=False, direct=direct, lock=False)
         choice = choose(engine, self.image, sqpoll=sqpoll)
-        cpus = sorted(os.sched_getaffinity(0))
+        cpus = sorted(os.sched_getaffinity(0))[:num_workers]
         self.pool = BlockDevice(self.image, cpus, num_vrings, 1024, 50_000, engine=choice).pool
         self.memory = GuestMemory()
 

@@ -1,11 +1,13 @@
 """Worker processes under the pool: pinned, commanded, replaced, ended."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,8 +17,12 @@ from kernels.status import ERR_MEMORY_GONE
 from tests.mock.blk_batch import BlkBatch
 from tests.mock.blk_driver import IN, OK, OUT, BlkDriver
 from tests.mock.driver_ring import DriverRing
+from tests.mock.guest_memory import GuestMemory
 from tests.vvupipe.workers.pool_kit import in_scene, read, until
 from vvupipe.errors import WorkerError
+from vvupipe.memory.doorbell import Doorbell
+from vvupipe.memory.region import MemoryRegion
+from vvupipe.workers.vring_setup import VringSetup
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -89,13 +95,22 @@ def test_worker_that_keeps_dying_is_given_up(image):
     in_scene(image, story)
 
 
+def files_of(scene):
+    """How many fds and mappings the first worker has."""
+    process = Path(f"/proc/{scene.pool.pids()[0]}")
+    return len(list((process / "fd").iterdir())), (process / "maps").read_text().count("vvupipe-")
+
+
 def test_ring_outside_of_memory_is_refused_and_its_driver_told(image):
     async def story(scene):
+        await scene.pool.start()
         await scene.give_memory()
         ring = DriverRing(scene.memory)
+        before = files_of(scene)
         with pytest.raises(WorkerError, match="outside of guest memory"):
             await scene.pool.start_vring(scene.setup(0, ring, used_uva=0x1000))
         assert ring.broken(1)
+        assert files_of(scene) == before, "it is nobody's any more"
 
     in_scene(image, story)
 
@@ -220,3 +235,108 @@ def test_coordinator_that_is_killed_leaves_no_worker(image, tmp_path):
         time.sleep(0.02)
     assert not [pid for pid in workers if psutil.pid_exists(pid)]
     process.stdout.close()
+
+
+def without_pages(scene):
+    """Take every page of the guest's memory away."""
+    os.ftruncate(scene.memory.regions[0][3], 0)
+
+
+def test_memory_that_was_truncated_is_no_reason_to_end(image):
+    """A new worker cannot map it: its vrings are broken, and those of other memory are served."""
+
+    async def story(scene):
+        await scene.give_memory()
+        ring = DriverRing(scene.memory)
+        await scene.pool.start_vring(scene.setup(0, ring))
+        (pid,) = scene.pool.pids()
+        without_pages(scene)
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: scene.pool.pids() not in ([pid], []))
+        assert await asyncio.to_thread(ring.broken, 5)
+        await scene.pool.stop_vring(0)
+        with pytest.raises(WorkerError, match="outside of guest memory"):
+            await scene.pool.start_vring(scene.setup(0, ring))
+        scene.memory.close()
+        scene.memory = GuestMemory()
+        await scene.give_memory()
+        disk = BlkDriver(DriverRing(scene.memory))
+        await scene.pool.start_vring(scene.setup(0, disk.ring))
+        assert await read(disk, 3) == image.read_bytes()[3 * 512 : 4 * 512]
+        assert not scene.pool.failed.done()
+
+    in_scene(image, story, num_vrings=1)
+
+
+def test_worker_that_makes_way_has_not_died(image):
+    """A front-end that truncates its memory again and again harms nobody but itself."""
+
+    async def story(scene):
+        await scene.give_memory()
+        size = os.fstat(scene.memory.regions[0][3]).st_size
+        for _ in range(6):
+            ring = DriverRing(scene.memory)
+            await scene.pool.start_vring(scene.setup(0, ring))
+            without_pages(scene)
+            os.eventfd_write(ring.kick_fd, 1)
+            await until(lambda: scene.pool.block.vrings["state"][0] == VRING_BROKEN)
+            os.truncate(scene.memory.regions[0][3], size)
+            await scene.pool.stop_vring(0)
+        disk = BlkDriver(DriverRing(scene.memory))
+        await scene.pool.start_vring(scene.setup(0, disk.ring))
+        assert await read(disk, 3) == image.read_bytes()[3 * 512 : 4 * 512]
+        assert not scene.pool.failed.done()
+
+    in_scene(image, story, num_vrings=1)
+
+
+def test_memory_that_has_no_pages_for_a_new_worker_either(image, tmp_path):
+    """Where the one vring's start finds that out, the other's must not have worker after worker make way."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "none", folder]
+    if subprocess.run(mount, capture_output=True, timeout=20, check=False).returncode:
+        pytest.skip("cannot mount here")
+    (folder / "filler").write_bytes(bytes(4096))
+    size = 1 << 20
+
+    async def story(scene):
+        fd = os.open(folder / "ram", os.O_RDWR | os.O_CREAT)
+        os.ftruncate(fd, size)
+        await scene.pool.set_memory([MemoryRegion(0, size, 0, fd, 0)])
+        for index in range(2):
+            part = index << 16
+            setup = VringSetup(
+                index, 16, part, part + 4096, part + 8192, event_idx=False, indirect=False, write_through=False
+            )
+            with contextlib.suppress(WorkerError):
+                await scene.pool.start_vring(setup)
+        assert not scene.pool.failed.done()
+
+    try:
+        in_scene(image, story, num_vrings=2, num_workers=1)
+    finally:
+        subprocess.run(["umount", "-l", folder], timeout=20, check=True)
+
+
+def test_doorbell_of_no_use_of_a_ring_that_breaks(image):
+    """Its memory goes, which nobody can be told of: the other ring of the worker moves to where the memory is now."""
+
+    async def story(scene):
+        scene.memory.close()
+        scene.memory = GuestMemory([(0, 1 << 20), (1 << 32, 1 << 20)])
+        await scene.give_memory()
+        useless = os.open("/tmp", os.O_PATH)
+        first = DriverRing(scene.memory)
+        await scene.pool.start_vring(scene.setup(0, first, err=Doorbell(useless)))
+        scene.memory._next = (1 << 32) + 0x1000
+        disk = BlkDriver(DriverRing(scene.memory))
+        await scene.pool.start_vring(scene.setup(1, disk.ring))
+        (pid,) = scene.pool.pids()
+        ((gpa, size, uva, fd, offset),) = scene.memory.regions[1:]
+        await scene.pool.set_memory([MemoryRegion(gpa, size, uva, os.dup(fd), offset)])
+        assert scene.pool.block.vrings["state"][0] == VRING_BROKEN
+        assert await read(disk, 3) == image.read_bytes()[3 * 512 : 4 * 512]
+        assert scene.pool.pids() == [pid]
+
+    in_scene(image, story, num_vrings=2, num_workers=1)

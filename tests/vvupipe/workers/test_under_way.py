@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.virtio_layout import ACCESS_BOTH
+from kernels.virtio_layout import ACCESS_BOTH, ACCESS_READ
 from tests.mock.blk_batch import BlkBatch
 from tests.mock.blk_driver import FLUSH, IN, IOERR, OK, OUT
 from tests.mock.driver_ring import DriverRing
@@ -380,3 +380,33 @@ def test_a_worker_sleeps_while_it_waits_for_the_disk(slow):
         await wait(batch)
 
     play(slow, story)
+
+
+@pytest.mark.parametrize("change", ["elsewhere", "read only", "the same"])
+def test_update_that_replaces_a_translation_in_use(slow, change):
+    """What is under way is done with the former one before it is said to be gone."""
+    content = bytes(slow.data)
+
+    async def story(scene):
+        await scene.give_memory()
+        ((_, size, uva, _, _),) = scene.memory.regions
+        of_all = Translation(0, size, uva, ACCESS_BOTH)
+        await scene.pool.change_translations(update=[of_all])
+        ring = DriverRing(scene.memory, 256)
+        addresses = {f"{part}_uva": getattr(ring, part) for part in ("desc", "avail", "used")}
+        await scene.pool.start_vring(scene.setup(0, ring, iotlb=True, **addresses))
+        batch = BlkBatch(ring)
+        await hold_reads(slow, batch)
+        new = {
+            "elsewhere": Translation(size - PAGE, PAGE, uva, ACCESS_BOTH),
+            "read only": Translation(size - PAGE, PAGE, uva + size - PAGE, ACCESS_READ),
+            "the same": Translation(size - PAGE, PAGE, uva + size - PAGE, ACCESS_BOTH),
+        }[change]
+        changing = asyncio.create_task(scene.pool.change_translations(update=[new]))
+        await asyncio.sleep(0.3)
+        assert changing.done() == (change == "the same")
+        slow.release()
+        await changing
+        check_reads(await wait(batch), content)
+
+    play(slow, story, num_vrings=1)

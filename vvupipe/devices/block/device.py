@@ -189,7 +189,7 @@ class BlockDevice:
             fields = json.loads(state)
             known = (fields["vvupipe"], fields["device"]) == (_STATE_VERSION, self.kind)
             writeback = fields["writeback"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ProtocolError(f"{len(state)} bytes that are no state of a block device") from error
         if not known or not isinstance(writeback, bool):
             raise ProtocolError("a state of another device or version")
@@ -274,5 +274,9 @@ class BlockDevice:
                     size_bytes,
                 )
                 # The end of a mapped file's last page reads as zeros; a system call tells the truth.
-                await self.pool.device_command({"name": "unmap"})
+                try:
+                    await self.pool.device_command({"name": "unmap"})
+                except WorkerError as error:
+                    log.error("%s: its end may read as zeros: %s", self.image.path, error)
+                    continue
                 return

@@ -224,6 +224,8 @@ class BlockKernel:
 
     def use_memory(self, memory: Table) -> None:
         """Register it with io_uring, if that was asked for: else requests pin what they need, each by itself."""
+        for disk in (self._disk, *self._helper_disks):
+            disk["bounces"] = 0  # that the kernel refused some of the former memory says nothing of this one
         if not self._registers or self._uring is None:
             return
         rows = sorted((int(row[ADDRESS]), int(row[SIZE])) for row in memory)
