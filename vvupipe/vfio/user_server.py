@@ -27,6 +27,7 @@ from vvupipe.vfio.user_messages import Command, Header
 
 log = logging.getLogger(__name__)
 
+_ACCEPT_AGAIN_S = 1.0  # when no file can be opened
 _LEAVING_S = 1.0  # how long the clean-up after a client that hung up may take
 _FIRST_MESSAGE_S = 5.0  # whoever is turned away has this long to say VERSION
 _OWN_CAPABILITIES = {
@@ -74,7 +75,15 @@ class VfioUserServer:
         while True:
             await wait_fd(self._listening.fileno())
             with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-                task = asyncio.create_task(self._serve(FdSocket(self._listening.accept()[0])))
+                try:
+                    sock = self._listening.accept()[0]
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE):
+                        raise
+                    log.warning("%s: a client has to wait: %s", self._function.name, error.strerror)
+                    await asyncio.sleep(_ACCEPT_AGAIN_S)
+                    continue
+                task = asyncio.create_task(self._serve(FdSocket(sock)))
                 self._tasks.add(task)
                 task.add_done_callback(self._ended)
 

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import resource
 import select
+import socket
 import struct
 import time
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.vvupipe.vfio.server_thread import RawClient
 from vvupipe.errors import WorkerError
+from vvupipe.vfio import user_server
 
 EXTENDED = b'{"capabilities":{"max_msg_fds":253,"vvupipe":{"area_fds":true,"doorbell_fds":true,"other":true}}}\0'
 
@@ -296,6 +299,24 @@ def test_second_client_is_told_that_the_function_is_busy(server, client, path):
     assert (error, struct.unpack("=I", body)) == (errno.EBUSY, (os.getpid(),))
     third.close()
     assert client.ask("RESET") == (None, b"", [])
+
+
+def test_client_for_whom_no_file_can_be_opened_has_to_wait(server, path, monkeypatch, caplog):
+    monkeypatch.setattr(user_server, "_ACCEPT_AGAIN_S", 0.02)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    client = RawClient.__new__(RawClient)
+    client.sock = socket.socket(socket.AF_UNIX)
+    client.sock.settimeout(10)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        client.sock.connect(str(path))
+        wait_until(lambda: "a client has to wait: Too many open files" in caplog.text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert client.ask("VERSION", struct.pack("=HH", 0, 1))[0] is None
+    client.close()
 
 
 def test_client_that_leaves_takes_its_memory_and_eventfds_along(server, client, path, memfd):
