@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.vvupipe.vfio.server_thread import RawClient
 from vvupipe.errors import WorkerError
 from vvupipe.vfio import user_server
+from vvupipe.vfio.served_function import Region
 
 EXTENDED = b'{"capabilities":{"max_msg_fds":253,"vvupipe":{"area_fds":true,"doorbell_fds":true,"other":true}}}\0'
 
@@ -328,6 +329,54 @@ def test_client_that_leaves_takes_its_memory_and_eventfds_along(server, client, 
     assert server.function.log[-1] == "left"
     assert server.function.irqs[2].target(0) == -1
     assert dma_map(again, 0, 4096, memfd) is None
+    again.close()
+
+
+def test_client_that_takes_no_replies_gets_the_files_of_when_it_asked(server, path):
+    client = RawClient(path, EXTENDED)
+    request = struct.pack("=IIIIQQ", 4096, 0, 4, 0, 0, 0)
+    sent, own = 0, {os.fstat(fd).st_ino for fd in server.function.memory}
+    client.sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        while True:
+            client.send("GET_REGION_INFO", request)
+            sent += 1
+
+    def replace():
+        for number, fd in enumerate(server.function.memory):
+            os.close(fd)
+            server.function.memory[number] = -1
+        server.function.region = lambda index: Region(4096)
+
+    server.call(replace)
+    other = [os.memfd_create("somebody else's") for _ in range(2)]
+    client.sock.settimeout(10)
+    for _ in range(sent):
+        _, _, fds = client.receive()
+        assert {os.fstat(fd).st_ino for fd in fds} <= own
+        for fd in fds:
+            os.close(fd)
+    assert client.ask("RESET")[0] is None
+    for fd in other:
+        os.close(fd)
+    client.close()
+
+
+def test_reply_that_cannot_be_sent_ends_its_client_only(server, path, monkeypatch, caplog):
+    client = RawClient(path)
+
+    async def send(self, data, fds=()):
+        raise OSError(errno.ETOOMANYREFS, "too many references")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(user_server.FdSocket, "send", send)
+        client.send("RESET")
+        with pytest.raises(ConnectionError):
+            client.receive()
+    assert "client dropped" in caplog.text
+    client.close()
+    again = RawClient(path)
+    assert again.ask("RESET")[0] is None
     again.close()
 
 
