@@ -191,6 +191,8 @@ class VvuFunction:
 
     def read(self, region: int, offset: int, count: int) -> bytes:
         """See ServedFunction."""
+        if not count:
+            return b""  # no access, so without its effects
         if region == REGION_CONFIG:
             return self._read_config(offset, count)
         if region == layout.BAR_VIRTIO:
@@ -206,6 +208,8 @@ class VvuFunction:
 
     def write(self, region: int, offset: int, data: bytes) -> None:
         """See ServedFunction."""
+        if not data:
+            return
         if region == REGION_CONFIG:
             self._write_config(offset, data)
         elif region == layout.BAR_VIRTIO:

@@ -278,6 +278,18 @@ def test_client_that_left_leaves_a_function_as_new(function, ram):
     assert (get(function, 0, 20, 1), get(function, 0, 0x2000, 4), get(function, CONFIG, 4, 2)) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("offset", [0, 0x1000, 0x2000, 0x3000, 0x4000])
+def test_access_of_no_bytes_is_none(function, ram, offset):
+    start(function)
+    function.set_frontend_up(True)
+    function.backend.events.clear()
+    function.write(0, offset, b"")
+    function.write(2, 0, b"")
+    assert function.read(0, offset, 0) == b""
+    assert function.backend.events == []
+    assert get(function, 0, 0x1000, 1) == 2, "the ISR status is cleared by reading it"
+
+
 ACCESS = st.tuples(
     st.sampled_from([0, 0, 0, 2, 7]),
     st.one_of(st.integers(0, 64), st.integers(0x1FFC, 0x3010), st.integers(0, 0x3FF8)),
