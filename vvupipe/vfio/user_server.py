@@ -257,6 +257,7 @@ class _Client:
             if iova or size:
                 raise OSError(errno.EINVAL, "all, and a range")
             size = ADDRESS_END
+        self._function.dma.check_unmap(iova, size)  # what is refused takes nothing away
         self._function.before_unmap(iova, size)
         self._function.dma.unmap(iova, size)
         return payload[: wire.DMA_UNMAP.size], []
