@@ -86,8 +86,14 @@ class QueueLayout:
         return cls(size, start_gpa, avail, used)
 
     @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(address, size in bytes) of descriptor table, available ring and used ring, which may lie anywhere."""
+        sizes = self.size * DESC_SIZE, int(avail_bytes(self.size)), int(used_bytes(self.size))
+        return list(zip((self.desc_gpa, self.avail_gpa, self.used_gpa), sizes, strict=True))
+
+    @property
     def end_gpa(self) -> int:
-        """The first byte after the used ring."""
+        """The first byte after the used ring, the last part of `packed_at`."""
         return self.used_gpa + int(used_bytes(self.size))
 
 

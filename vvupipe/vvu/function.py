@@ -149,8 +149,8 @@ class VvuFunction:
     def before_unmap(self, iova: int, size_bytes: int) -> None:
         """See ServedFunction: a driver that takes away a queue in use has not stopped it."""
         for index, registers in enumerate(self._common.queues):
-            where = registers.layout
-            if self._queues[index] and iova < where.end_gpa and where.desc_gpa < iova + size_bytes:
+            parts = registers.layout.parts if self._queues[index] else []
+            if any(start < iova + size_bytes and iova < start + size for start, size in parts):
                 self.fail(ProtocolError("the memory of a queue in use was unmapped"))
                 return
 

@@ -138,7 +138,9 @@ def test_device_configuration(function):
     assert struct.unpack("<II", function.read(0, 0x2000, 8)) == (1, 64)
 
 
-def start(function, desc=RAM, features=3):
+def start(function, desc=RAM, features=3, places=None):
+    """places: addresses of descriptors, available and used ring of queue 0; None: one after the other from `desc`."""
+    places = places or {part: desc + 0x2000 * part for part in range(3)}
     put(function, 0, 20, 1, 3)
     put(function, 0, 8, 4, 1)
     put(function, 0, 12, 4, features)
@@ -146,9 +148,8 @@ def start(function, desc=RAM, features=3):
     for queue in (0, 1):
         put(function, 0, 22, 2, queue)
         put(function, 0, 26, 2, 1 + queue)
-        put(function, 0, 32, 8, desc + 0x10000 * queue)
-        put(function, 0, 40, 8, desc + 0x10000 * queue + 0x2000)
-        put(function, 0, 48, 8, desc + 0x10000 * queue + 0x4000)
+        for part in range(3):
+            put(function, 0, 32 + 8 * part, 8, places[part] + 0x10000 * queue)
         put(function, 0, 28, 2, 1)
     put(function, 0, 16, 2, 0)
     put(function, 0, 20, 1, 15)
@@ -190,6 +191,18 @@ def test_memory_of_a_queue_in_use_cannot_be_taken_away(function, ram):
     function.before_unmap(0, 0x1000)
     assert get(function, 0, 20, 1) == 15
     function.before_unmap(RAM, 1 << 20)
+    assert get(function, 0, 20, 1) & 0x40
+
+
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["descriptors", "available", "used"])
+def test_each_part_of_a_queue_in_use_may_lie_anywhere(function, ram, part):
+    order = [(part + k) % 3 for k in range(3)]  # the one in question is the lowest
+    places = {each: RAM + 0x4000 * k for k, each in enumerate(order)}
+    start(function, places=places)
+    assert get(function, 0, 20, 1) == 15
+    function.before_unmap(RAM + 0x1000, 0x3000)  # between two parts
+    assert get(function, 0, 20, 1) == 15
+    function.before_unmap(RAM, 0x1000)
     assert get(function, 0, 20, 1) & 0x40
 
 
