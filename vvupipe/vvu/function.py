@@ -73,7 +73,8 @@ class VvuFunction:
             layout.FEATURES, [layout.QUEUE_SIZE] * layout.NUM_QUEUES, layout.vector_count(max_vhost_queues)
         )
         self._common.on_reset = self._virtio_reset
-        self._common.on_status = self._driver_status
+        self._common.on_status = self._start_queues
+        self._common.on_enable = self._start_queues
 
     # The proxy's side.
 
@@ -112,12 +113,13 @@ class VvuFunction:
 
     # Life cycle.
 
-    def _driver_status(self, status: int) -> None:
-        if not self._common.driver_ok or any(self._queues):
+    def _start_queues(self, _: int) -> None:
+        """The driver set a status bit or enabled a queue, which may come after DRIVER_OK."""
+        if not self._common.driver_ok or all(self._queues):
             return
         try:
             for index, registers in enumerate(self._common.queues):
-                if registers.enabled:
+                if registers.enabled and not self._queues[index]:
                     self._queues[index] = DeviceQueue(self.dma, registers.layout)
         except ProtocolError as error:
             self.fail(error)

@@ -138,8 +138,11 @@ def test_device_configuration(function):
     assert struct.unpack("<II", function.read(0, 0x2000, 8)) == (1, 64)
 
 
-def start(function, desc=RAM, features=3, places=None):
-    """places: addresses of descriptors, available and used ring of queue 0; None: one after the other from `desc`."""
+def start(function, desc=RAM, features=3, places=None, enabled=(0, 1)):
+    """places: addresses of descriptors, available and used ring of queue 0; None: one after the other from `desc`.
+
+    enabled: the queues that are enabled before DRIVER_OK.
+    """
     places = places or {part: desc + 0x2000 * part for part in range(3)}
     put(function, 0, 20, 1, 3)
     put(function, 0, 8, 4, 1)
@@ -150,7 +153,8 @@ def start(function, desc=RAM, features=3, places=None):
         put(function, 0, 26, 2, 1 + queue)
         for part in range(3):
             put(function, 0, 32 + 8 * part, 8, places[part] + 0x10000 * queue)
-        put(function, 0, 28, 2, 1)
+        if queue in enabled:
+            put(function, 0, 28, 2, 1)
     put(function, 0, 16, 2, 0)
     put(function, 0, 20, 1, 15)
     return get(function, 0, 20, 1)
@@ -170,6 +174,19 @@ def test_back_end_is_up_after_driver_ok_and_status_bit(function, ram):
     assert function.backend.events[-1] == "down"
     assert get(function, 0, 0x2000, 4) == 0
     assert function.queue(0) is None
+
+
+@pytest.mark.parametrize("early", [(), (0,), (1,)])
+def test_queues_may_be_enabled_after_driver_ok(function, ram, early):
+    put(function, 0, 0x2000, 4, 1)
+    start(function, enabled=early)
+    assert function.backend.events == []
+    for queue in {0, 1} - set(early):
+        put(function, 0, 22, 2, queue)
+        put(function, 0, 28, 2, 1)
+    assert function.backend.events == ["up"]
+    assert function.queue(0)
+    assert function.queue(1)
 
 
 def test_notification_before_driver_ok_is_dropped(function):
