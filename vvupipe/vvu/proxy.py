@@ -273,8 +273,13 @@ class VvuProxy:
                     log.debug("%s: %s came after the sibling left", self._function.name, message.name)
                     return
                 self._show(Side.BACK_END, message)
-                with contextlib.suppress(Disconnected):  # `_receive` sees its end too
+                try:
                     await sibling.send(message)
+                except Disconnected:
+                    return  # `_receive` sees its end too
+                except OSError as error:
+                    log.warning("%s: %s cannot be answered: %s", self._function.name, message.name, error)
+                    sibling.shut_down()
         finally:
             message.close_fds()
 
@@ -286,8 +291,13 @@ class VvuProxy:
             return
         if self._stay:
             self._stay.channel_message(Side.BACK_END, message)
-        with contextlib.suppress(Disconnected):  # whoever reads the channel sees its end too
+        try:
             await channel.send(message)
+        except Disconnected:
+            return  # whoever reads the channel sees its end too
+        except OSError as error:
+            log.warning("%s: back-end channel: %s", self._function.name, error)
+            channel.shut_down()
 
     def _adapt(self, message: Message) -> None:
         """Make a reply of the driver one that the sibling can have."""
@@ -306,7 +316,7 @@ class VvuProxy:
                 if not 0 < area.size_bytes <= _INFLIGHT_MAX:
                     raise ProtocolError(f"an inflight region of {area.size_bytes} bytes")
                 message.fds.append(create_unnamed(area.size_bytes))
-            except (ProtocolError, UserError) as error:
+            except (ProtocolError, UserError, OSError) as error:
                 log.error("%s: the sibling gets no inflight region: %s", self._function.name, error)
 
 

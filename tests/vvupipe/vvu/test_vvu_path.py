@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+import resource
 import select
 import socket
 import struct
@@ -199,6 +200,44 @@ def test_what_does_not_fit_its_message_is_refused_or_ends_the_session(vm):
                 await asyncio.to_thread(frontend.receive)
             frontend.close()
             frontend, connection = await connect(vm, transport)  # the next one is served
+            frontend.close()
+
+    run(test)
+
+
+def test_channel_that_carries_no_messages_is_refused(vm):
+    async def test():
+        with opened(vm) as transport:
+            frontend, connection = await connect(vm, transport)
+            await tell(frontend, connection, fe.SET_PROTOCOL_FEATURES, pack_u64(fe.REPLY_ACK))
+            pending = asyncio.create_task(connection.receive())
+            datagrams = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM), *socket.socketpair(type=socket.SOCK_DGRAM)]
+            for sock in datagrams:
+                frontend.send(fe.SET_BACKEND_REQ_FD, b"", [sock.fileno()], flags=9)
+                assert await asyncio.to_thread(frontend.receive) == (fe.SET_BACKEND_REQ_FD, 5, pack_u64(1))
+                sock.close()
+            frontend.send(fe.GET_FEATURES)
+            await connection.send((await pending).reply(pack_u64(3)))
+            assert (await asyncio.to_thread(frontend.receive))[2] == pack_u64(3)
+            frontend.close()
+
+    run(test)
+
+
+def test_answers_still_go_out_after_no_file_could_be_opened(vm):
+    async def test():
+        with opened(vm) as transport:
+            frontend, connection = await connect(vm, transport)
+            question = await tell(frontend, connection, fe.GET_INFLIGHT_FD, bytes(24))
+            area = struct.pack("=QQHH4x", 4096, 0, 1, 128)
+            limits = resource.prlimit(vm.process.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(vm.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+            try:
+                await connection.send(question.reply(area))
+                assert await asyncio.to_thread(frontend.receive) == (fe.GET_INFLIGHT_FD, 5, area)  # without a file
+            finally:
+                resource.prlimit(vm.process.pid, resource.RLIMIT_NOFILE, limits)
+            assert await ask(frontend, connection, fe.GET_FEATURES, pack_u64(1)) == pack_u64(1)
             frontend.close()
 
     run(test)
