@@ -175,9 +175,12 @@ class VvuProxy:
         stay = self._stay
         try:
             while (message := await channel.receive()) is not None:
-                if stay:
+                current = self._fds.channel is channel
+                if current and stay:
                     stay.channel_message(Side.FRONT_END, message)
                 message.close_fds()
+                if not current:
+                    return  # what it still holds must not reach the next sibling's stay
                 if not message.is_reply:
                     log.warning("%s: a request on the back-end channel was dropped", self._function.name)
                 elif not await self._deliver(message.pack()):

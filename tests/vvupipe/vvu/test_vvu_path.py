@@ -16,7 +16,7 @@ from tests.mock import frontend as fe
 from tests.mock.guest_memory import GuestMemory
 from tests.vvupipe.vvu.device_vm import ADDRESS, Vm
 from vvupipe.errors import TransportError, UserError
-from vvupipe.vhost_user.messages import ProtocolFeature
+from vvupipe.vhost_user.messages import Message, ProtocolFeature
 from vvupipe.vhost_user.payloads import pack_u64
 from vvupipe.vm.vvu_transport import open_vvu_transport
 
@@ -220,6 +220,49 @@ def test_channel_that_carries_no_messages_is_refused(vm):
             await connection.send((await pending).reply(pack_u64(3)))
             assert (await asyncio.to_thread(frontend.receive))[2] == pack_u64(3)
             frontend.close()
+
+    run(test)
+
+
+def test_another_channel_ends_the_former(vm):
+    async def test():
+        with opened(vm) as transport:
+            frontend, connection = await connect(vm, transport)
+            channels = [socket.socketpair() for _ in range(2)]
+            for ours, given in channels:
+                await tell(frontend, connection, fe.SET_BACKEND_REQ_FD, b"", [given.fileno()])
+                given.close()
+                ours.settimeout(5)
+            assert await asyncio.to_thread(channels[0][0].recv, 1) == b""
+            await connection.send(Message(2))
+            assert await asyncio.to_thread(channels[1][0].recv, 12) == struct.pack("=III", 2, 1, 0)
+            for ours, _ in channels:
+                ours.close()
+            frontend.close()
+
+    run(test)
+
+
+def test_what_a_channel_still_holds_does_not_reach_the_next_sibling(vm):
+    async def test():
+        with opened(vm) as transport:
+            frontend, connection = await connect(vm, transport)
+            ours, given = socket.socketpair()
+            await tell(frontend, connection, fe.SET_BACKEND_REQ_FD, b"", [given.fileno()])
+            given.close()
+            ours.setblocking(False)
+            for _ in range(2):  # more than there are rx buffers, so that some wait in the socket
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        ours.send(struct.pack("=IIIQ", 2, 5, 8, 0))
+                await asyncio.sleep(0.2)
+            frontend.close()
+            assert await connection.receive() is None
+            following = asyncio.create_task(transport.next_message())
+            await asyncio.sleep(0.3)
+            assert not following.done()
+            following.cancel()
+            ours.close()
 
     run(test)
 
