@@ -102,7 +102,7 @@ class ProxyFds:
 
     async def _add_slot(self, connection: SocketConnection, message: Message) -> None:
         entry = unpack_single_region(message)
-        if len(self._function.shared_memory.areas) >= layout.MEM_SLOTS_MAX:
+        if self._function.shared_memory.slots >= layout.MEM_SLOTS_MAX:
             raise ProtocolError(f"more than {layout.MEM_SLOTS_MAX} memory slots")
         regions = await connection.added_region(message)
         try:

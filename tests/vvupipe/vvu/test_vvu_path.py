@@ -142,6 +142,30 @@ def test_memory_is_the_sibling_s_own_byte_for_byte(vm):
     run(test)
 
 
+def test_as_many_memory_slots_as_are_told_whatever_else_is_in_the_bar(vm):
+    async def test():
+        with opened(vm) as transport:
+            frontend, connection = await connect(vm, transport)
+            assert await ask(frontend, connection, fe.GET_MAX_MEM_SLOTS, pack_u64(509)) == pack_u64(32)
+            memory = os.memfd_create("memory")
+            os.ftruncate(memory, 4096)
+            frontend.send(fe.SET_INFLIGHT_FD, struct.pack("=QQHH4x", 4096, 0, 1, 128), [memory])
+            assert (await connection.receive()).request == fe.SET_INFLIGHT_FD
+            for k in range(32):
+                frontend.send(fe.ADD_MEM_REG, struct.pack("=QQQQQ", 0, k << 20, 4096, k << 20, 0), [memory])
+                message = await connection.receive()
+                assert message is not None, f"slot {k} was refused"
+                (region,) = await connection.added_region(message)
+                assert region.gpa == k << 20
+                region.close()
+            frontend.send(fe.ADD_MEM_REG, struct.pack("=QQQQQ", 0, 32 << 20, 4096, 32 << 20, 0), [memory])
+            assert await connection.receive() is None
+            os.close(memory)
+            frontend.close()
+
+    run(test)
+
+
 def test_kick_and_call_and_err_need_nobody_in_between(vm):
     async def test():
         with opened(vm) as transport:
