@@ -130,6 +130,11 @@ class Chain:
         return b"".join(self.readable)
 
     @property
+    def readable_bytes(self) -> int:
+        """How much `read` gives: up to 4 GiB for each descriptor of the queue, if the driver says so."""
+        return sum(len(part) for part in self.readable)
+
+    @property
     def room_bytes(self) -> int:
         """How much the device may write."""
         return sum(len(part) for part in self.writable)

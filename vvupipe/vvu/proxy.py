@@ -14,7 +14,7 @@ from typing import Any
 from vvupipe.errors import Disconnected, ProtocolError, UserError
 from vvupipe.memory.shared import create_unnamed
 from vvupipe.vhost_user.describe import Side
-from vvupipe.vhost_user.messages import ANSWERED, Message, ProtocolFeature, Request, unpack
+from vvupipe.vhost_user.messages import ANSWERED, HEADER, MAX_PAYLOAD, Message, ProtocolFeature, Request, unpack
 from vvupipe.vhost_user.payloads import InflightArea, pack_u64, unpack_u64
 from vvupipe.vhost_user.socket_transport import MessageSocket, SocketConnection, SocketTransport
 from vvupipe.vhost_user.tracer import Stay, Tracer
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _CAUGHT_UP_S = 10.0  # a driver that gives buffers back in batches is not waited for any longer
 _REFUSED = 1
 _INFLIGHT_MAX = 256 << 20
+_MESSAGE_MAX = HEADER.size + MAX_PAYLOAD
 
 
 class VvuProxy:
@@ -254,7 +255,11 @@ class VvuProxy:
                     break
                 if chain is None:
                     break
-                await self._send(chain.read())
+                if chain.readable_bytes > _MESSAGE_MAX:
+                    size = chain.readable_bytes
+                    log.error("%s: the driver sent %d bytes, which are no vhost-user message", self._function.name, size)
+                else:
+                    await self._send(chain.read())
                 # The driver may have reset the function meanwhile.
                 if self._function.queue(layout.TXQ) is queue and queue.push(chain.head, 0):
                     self._function.interrupt_queue(layout.TXQ)

@@ -10,6 +10,7 @@ import socket
 import struct
 import time
 
+import psutil
 import pytest
 
 from tests.mock import frontend as fe
@@ -464,6 +465,25 @@ def test_driver_that_breaks_its_queue_is_told_to_reset(vm):
             frontend.close()
         with opened(vm) as transport:  # a fresh start is all it takes
             frontend, connection = await connect(vm, transport)
+            frontend.close()
+
+    run(test)
+
+
+def test_driver_that_sends_more_than_any_message_is(vm):
+    async def test():
+        with opened(vm) as transport:
+            frontend, connection = await connect(vm, transport)
+            driver = transport.driver
+            address_space = psutil.Process(vm.process.pid).memory_info().vms
+            room = address_space + (32 << 20)
+            resource.prlimit(vm.process.pid, resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+            everything = (driver._memory.gpa, driver._memory.size_bytes)
+            head = driver._queues[1].add([everything] * 200, [])
+            driver._tx_buffers[head] = driver._tx_free.pop()
+            driver._notify(1)
+            assert await ask(frontend, connection, fe.GET_FEATURES, pack_u64(1)) == pack_u64(1)
+            assert f"sent {200 * everything[1]} bytes" in vm.log()
             frontend.close()
 
     run(test)
