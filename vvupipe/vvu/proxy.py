@@ -255,9 +255,9 @@ class VvuProxy:
                     break
                 if chain is None:
                     break
-                if chain.readable_bytes > _MESSAGE_MAX:
-                    size = chain.readable_bytes
-                    log.error("%s: the driver sent %d bytes, which are no vhost-user message", self._function.name, size)
+                size = chain.readable_bytes
+                if size > _MESSAGE_MAX:
+                    log.error("%s: the driver sent %d bytes, which are no message", self._function.name, size)
                 else:
                     await self._send(chain.read())
                 # The driver may have reset the function meanwhile.
