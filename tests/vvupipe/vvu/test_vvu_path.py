@@ -470,6 +470,35 @@ def test_driver_that_breaks_its_queue_is_told_to_reset(vm):
     run(test)
 
 
+@pytest.mark.parametrize("queue", [0, 1])
+def test_function_that_gives_back_what_it_does_not_have(vm, queue):
+    async def test():
+        with opened(vm) as transport:
+            frontend, connection = await connect(vm, transport)
+            question = await tell(frontend, connection, fe.GET_FEATURES)
+            rings = transport.driver._queues[queue]._rings
+            used = transport.driver._queues[queue]._last_used
+            rings.used_elem[2 * used] = 200
+            rings.used_u16[1] = used + 1
+            with pytest.raises(TransportError, match="gave back chain 200"):
+                await (connection.send(question.reply(pack_u64(1))) if queue else connection.receive())
+            frontend.close()
+
+    run(test)
+
+
+def test_driver_for_which_too_few_files_may_be_open(vm):
+    before = len(os.listdir("/proc/self/fd"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 20, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"needs 67 eventfds .*: raise ulimit -n"):
+            open_vvu_transport(ADDRESS, vm.name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_driver_that_sends_more_than_any_message_is(vm):
     async def test():
         with opened(vm) as transport:
