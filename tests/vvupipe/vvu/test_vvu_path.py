@@ -450,6 +450,33 @@ def test_function_of_a_dead_vm(tmp_path, monkeypatch):
         open_vvu_transport(ADDRESS, "dev")
 
 
+def test_one_who_waits_to_send_takes_nothing_from_one_who_receives(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    vm = Vm(tmp_path)
+
+    async def test():
+        with opened(vm) as transport:
+            frontend, connection = await connect(vm, transport)
+            ours, given = socket.socketpair()
+            message = await tell(frontend, connection, fe.SET_BACKEND_REQ_FD, b"", [given.fileno()])
+            given.close()
+            channel = connection.back_end_channel(message)
+            receiving = asyncio.create_task(connection.receive())
+            done = True
+            while done:  # until socket and txq are full
+                sending = asyncio.create_task(channel.send(Message(2)))
+                done, _ = await asyncio.wait({sending}, timeout=0.5)
+            sending.cancel()
+            await asyncio.wait({sending})
+            vm.kill()
+            with pytest.raises(TransportError, match="its VM ended"):
+                await asyncio.wait_for(receiving, 5)
+            frontend.close()
+            ours.close()
+
+    run(test)
+
+
 def test_driver_that_breaks_its_queue_is_told_to_reset(vm):
     async def test():
         with opened(vm) as transport:
