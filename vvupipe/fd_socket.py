@@ -122,6 +122,18 @@ async def wait_fd(fd: int, *, readable: bool = True) -> None:
         (loop.remove_reader if readable else loop.remove_writer)(fd)
 
 
+def dup_all(fds: Sequence[int]) -> list[int]:
+    """Duplicates of every fd of the list, all or none. Raises: OSError."""
+    copies: list[int] = []
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))
+    except OSError:
+        close_all(copies)
+        raise
+    return copies
+
+
 def close_all(fds: Sequence[int]) -> None:
     """Close every fd of the list."""
     for fd in fds:

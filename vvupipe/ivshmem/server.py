@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from vvupipe.errors import TransportError
@@ -19,6 +20,7 @@ from vvupipe.ivshmem import layout
 from vvupipe.ivshmem.mailbox import Mailbox
 from vvupipe.ivshmem.owner import OwnerWatch
 from vvupipe.memory import shared
+from vvupipe.memory.doorbell import Doorbell
 from vvupipe.memory.mapping import Mapping
 from vvupipe.vfio.function import IRQ_MSIX
 from vvupipe.vfio.served_function import ServedFunction
@@ -36,6 +38,9 @@ class Relay(Protocol):
 
     def add(self, kick_fd: int, signal_fd: int) -> None:
         """Begin."""
+
+    def settle(self) -> None:
+        """Return once everything from before has been signalled."""
 
     def remove(self, kick_fd: int) -> None:
         """End; both fds may be closed afterwards."""
@@ -59,7 +64,7 @@ class IvshmemServer:
         self._mapping = Mapping(self._memory_fd, layout.MEMORY_BYTES)
         self._events = {place: number for number, place in enumerate(events)}
         self._bells = [_eventfd() for _ in events]
-        self._tied = [False] * len(events)
+        self._tied = [-1] * len(events)  # the fd that each signals
         self._request = _eventfd()
         self._guest = [_eventfd() for _ in range(self.vectors)]
         self._mailbox = Mailbox(function, self._mapping.view)
@@ -108,15 +113,20 @@ class IvshmemServer:
             raise TransportError(f"the ivshmem client did not take what it needs: {error.strerror}") from error
 
     def tie(self, region: int, offset: int, fd: int) -> None:
-        """Have the guest's ringing of a doorbell register signal `fd`; -1: nothing."""
+        """Have the guest's ringing of a doorbell register signal `fd`; -1: nothing. The former fd is still open."""
         number = self._events[region, offset]
-        # What was rung so far was for the former fd; what is rung from here on is for both, if in doubt.
-        _drain(self._bells[number])
-        if self._tied[number]:
-            self._relay.remove(self._bells[number])
-        self._tied[number] = fd >= 0
+        bell, former = self._bells[number], self._tied[number]
+        if former >= 0:
+            before = _counter(bell)
+            self._relay.settle()
+            self._relay.remove(bell)
+            if _drain(bell) > before:
+                Doorbell(former).ring()  # rung meanwhile: the relay may have missed it
+        else:
+            _drain(bell)
+        self._tied[number] = fd
         if fd >= 0:
-            self._relay.add(self._bells[number], fd)
+            self._relay.add(bell, fd)
 
     async def run(self) -> None:
         """Answer the mailbox and watch the driver's process until cancelled."""
@@ -144,10 +154,10 @@ class IvshmemServer:
 
     def close(self) -> None:
         """Let go of everything; the function's DMA memory and interrupts are its owner's to clear first."""
-        for number, tied in enumerate(self._tied):
-            if tied:
+        for number, fd in enumerate(self._tied):
+            if fd >= 0:
                 self._relay.remove(self._bells[number])
-        self._tied = [False] * len(self._bells)
+        self._tied = [-1] * len(self._bells)
         self._mailbox.close()
         self._owner.close()
         self._mapping.close()
@@ -165,8 +175,15 @@ def _eventfd() -> int:
     return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
 
-def _drain(eventfd: int) -> None:
+def _drain(eventfd: int) -> int:
+    """Its counter, which is 0 afterwards."""
     try:
-        os.eventfd_read(eventfd)
+        return os.eventfd_read(eventfd)
     except BlockingIOError:
-        return  # it was empty
+        return 0
+
+
+def _counter(eventfd: int) -> int:
+    """Its counter, which stays (proc(5), fdinfo)."""
+    lines = Path(f"/proc/self/fdinfo/{eventfd}").read_text().splitlines()
+    return next((int(line.split()[1], 16) for line in lines if line.startswith("eventfd-count:")), 0)

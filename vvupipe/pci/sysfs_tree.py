@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,8 @@ from vvupipe.pci.config_space import (
     VENDOR_ID,
     ConfigSpace,
 )
+
+log = logging.getLogger(__name__)
 
 # Linux include/linux/ioport.h, as the `resource` file shows them
 _IORESOURCE_MEM = 0x200
@@ -51,6 +54,13 @@ class SysfsTree:
         for name, text in texts.items():
             _replace(folder / name, text.encode())
         _replace(folder / "config", config.read(0, 256))
+
+    def update(self, address: PciAddress, config: ConfigSpace) -> None:
+        """As `show`, but a disk that is full does not hold up whoever changed `config`: the files are late then."""
+        try:
+            self.show(address, config)
+        except OSError as error:
+            log.warning("%s: lspci does not see what changed: %s", address, error.strerror)
 
     def close(self) -> None:
         """Remove the folder and everything in it."""

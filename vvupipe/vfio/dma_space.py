@@ -54,17 +54,22 @@ class DmaSpace:
         self._starts.insert(place, iova)
         self._maps.insert(place, _DmaMap(iova, size_bytes, mapping, writable))
 
-    def unmap(self, iova: int, size_bytes: int) -> None:
-        """Remove every mapping in a range, as a type-1 IOMMU does: there need not be one.
-
-        Raises: OSError (EINVAL when the range cuts one in two).
-        """
+    def check_unmap(self, iova: int, size_bytes: int) -> None:
+        """Raises: OSError (EINVAL) when `unmap` would."""
         first, end = self._touched(iova, size_bytes)
         if first == end:
             return
         last = self._maps[end - 1]
         if self._starts[first] < iova or last.iova + last.size_bytes > iova + size_bytes:
             raise OSError(errno.EINVAL, "a part of a DMA mapping")
+
+    def unmap(self, iova: int, size_bytes: int) -> None:
+        """Remove every mapping in a range, as a type-1 IOMMU does: there need not be one.
+
+        Raises: OSError (EINVAL when the range cuts one in two).
+        """
+        self.check_unmap(iova, size_bytes)
+        first, end = self._touched(iova, size_bytes)
         for entry in self._maps[first:end]:
             _unmap(entry)
         del self._maps[first:end]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vvupipe.errors import ProtocolError, TransportError, UserError
-from vvupipe.fd_socket import close_all
+from vvupipe.fd_socket import close_all, dup_all
 from vvupipe.unix_path import reachable
 from vvupipe.vfio import user_messages as wire
 from vvupipe.vfio.function import NUM_IRQS, NUM_REGIONS, IoEvent, MappableArea, VfioFunction
@@ -65,7 +65,8 @@ class VfioUserFunction(VfioFunction):
         close_all(fds)
         if header.flags & wire.FLAG_ERROR:
             if header.errno == errno.EBUSY:
-                holder = f"process {wire.BUSY_REPLY.unpack(payload)[0]}" if payload else "another process"
+                named = len(payload) == wire.BUSY_REPLY.size
+                holder = f"process {wire.BUSY_REPLY.unpack(payload)[0]}" if named else "another process"
                 raise UserError(f"function {self.name} is in use by {holder}: stop that first, or choose another")
             raise TransportError(f"function {self.name} refused our protocol version: {os.strerror(header.errno)}")
         try:
@@ -74,6 +75,8 @@ class VfioUserFunction(VfioFunction):
             self._server_transfer = wire.capability_number(theirs, "max_data_xfer_size", wire.DATA_TRANSFER_MAX)
         except ProtocolError as error:
             raise TransportError(f"function {self.name}: {error}") from error
+        if not self._server_transfer:
+            raise TransportError(f"function {self.name} takes no data (max_data_xfer_size is 0)")
         if major != wire.VERSION_MAJOR:
             raise TransportError(f"function {self.name} speaks version {major} of vfio-user, not {wire.VERSION_MAJOR}")
         self._extensions = wire.our_extensions(theirs)
@@ -134,8 +137,10 @@ class VfioUserFunction(VfioFunction):
             entries = unpack_areas(payload)
             if any(index >= len(fds) for _, _, index, _ in entries):
                 raise ProtocolError("a mappable area without its file descriptor")
+            own = dup_all([fds[index] for _, _, index, _ in entries])
             return [
-                MappableArea(offset, size, os.dup(fds[index]), fd_offset) for offset, size, index, fd_offset in entries
+                MappableArea(offset, size, fd, fd_offset)
+                for fd, (offset, size, _, fd_offset) in zip(own, entries, strict=True)
             ]
         except ProtocolError as error:
             raise TransportError(f"function {self.name}, region {region}: {error}") from error
@@ -165,11 +170,9 @@ class VfioUserFunction(VfioFunction):
             entries = [wire.IO_FD.unpack_from(body, k * wire.IO_FD.size) for k in range(count)]
             if any(entry[2] >= len(fds) for entry in entries):
                 raise TransportError(f"function {self.name}, region {region}: an I/O eventfd is missing")
-            return [
-                IoEvent(offset, size, os.dup(fds[index]))
-                for offset, size, index, kind, *_ in entries
-                if kind == wire.IO_FD_IOEVENTFD
-            ]
+            events = [entry for entry in entries if entry[3] == wire.IO_FD_IOEVENTFD]
+            own = dup_all([fds[index] for _, _, index, *_ in events])
+            return [IoEvent(offset, size, fd) for fd, (offset, size, *_) in zip(own, events, strict=True)]
         finally:
             close_all(fds)
 

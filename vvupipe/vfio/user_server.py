@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vvupipe.errors import ProtocolError
-from vvupipe.fd_socket import FdSocket, close_all, wait_fd
+from vvupipe.fd_socket import FdSocket, close_all, dup_all, wait_fd
 from vvupipe.vfio import user_messages as wire
 from vvupipe.vfio.dma_space import ADDRESS_END
 from vvupipe.vfio.function import NUM_IRQS, NUM_REGIONS
@@ -27,6 +27,7 @@ from vvupipe.vfio.user_messages import Command, Header
 
 log = logging.getLogger(__name__)
 
+_ACCEPT_AGAIN_S = 1.0  # when no file can be opened
 _LEAVING_S = 1.0  # how long the clean-up after a client that hung up may take
 _FIRST_MESSAGE_S = 5.0  # whoever is turned away has this long to say VERSION
 _OWN_CAPABILITIES = {
@@ -74,7 +75,15 @@ class VfioUserServer:
         while True:
             await wait_fd(self._listening.fileno())
             with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-                task = asyncio.create_task(self._serve(FdSocket(self._listening.accept()[0])))
+                try:
+                    sock = self._listening.accept()[0]
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE):
+                        raise
+                    log.warning("%s: a client has to wait: %s", self._function.name, error.strerror)
+                    await asyncio.sleep(_ACCEPT_AGAIN_S)
+                    continue
+                task = asyncio.create_task(self._serve(FdSocket(sock)))
                 self._tasks.add(task)
                 task.add_done_callback(self._ended)
 
@@ -100,7 +109,7 @@ class VfioUserServer:
                 client.close()
                 self._client = None
                 log.info("%s: process %d let go of it", self._function.name, client.pid)
-        except (ProtocolError, TimeoutError) as error:
+        except (ProtocolError, OSError) as error:
             log.warning("%s: client dropped: %s", self._function.name, error)
         finally:
             sock.close()
@@ -175,12 +184,14 @@ class _Client:
         """Answer until the client leaves. Raises: ProtocolError."""
         while (message := await _receive(self._sock)) is not None:
             header, payload, fds = message
+            reply_fds: list[int] = []
             try:
                 reply, reply_fds = self._answer(header, payload, fds)
                 if not header.flags & wire.FLAG_NO_REPLY:
                     await self._sock.send(reply, reply_fds)
             finally:
                 close_all(fds)
+                close_all(reply_fds)
 
     def close(self) -> None:
         """What the client brought goes with it."""
@@ -191,6 +202,7 @@ class _Client:
         self.gone.set()
 
     def _answer(self, header: Header, payload: bytes, fds: list[int]) -> Answer:
+        """The reply; its fds are the caller's."""
         try:
             if header.is_reply:
                 raise ProtocolError("a reply to no command of ours")
@@ -201,6 +213,8 @@ class _Client:
                 # Migration, DEVICE_FEATURE, twin sockets: nothing of that is offered.
                 raise OSError(errno.EOPNOTSUPP, "not offered")
             body, reply_fds = handler(payload, fds)
+            # The function's own may be closed, and others have their numbers, before a slow client has room.
+            reply_fds = dup_all(reply_fds)
         except ProtocolError as error:
             log.warning("%s: command %d refused: %s", self._function.name, header.command, error)
             return wire.pack_error(header, errno.EINVAL), []
@@ -243,6 +257,7 @@ class _Client:
             if iova or size:
                 raise OSError(errno.EINVAL, "all, and a range")
             size = ADDRESS_END
+        self._function.dma.check_unmap(iova, size)  # what is refused takes nothing away
         self._function.before_unmap(iova, size)
         self._function.dma.unmap(iova, size)
         return payload[: wire.DMA_UNMAP.size], []

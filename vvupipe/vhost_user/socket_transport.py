@@ -148,10 +148,14 @@ class SocketConnection:
         """See transport.Connection: the socket that comes with the message."""
         fd = message.take_fd()
         try:
-            return MessageSocket(socket.socket(fileno=fd))
+            sock = socket.socket(fileno=fd)
         except OSError as error:
             os.close(fd)
             raise ProtocolError(f"{message.name} with a file descriptor that is no socket") from error
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            sock.close()
+            raise ProtocolError(f"{message.name} with a socket that carries no stream of messages")
+        return MessageSocket(sock)
 
     def shut_down(self) -> None:
         """Wake a pending receive or send; both then see an end."""

@@ -86,8 +86,14 @@ class QueueLayout:
         return cls(size, start_gpa, avail, used)
 
     @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(address, size in bytes) of descriptor table, available ring and used ring, which may lie anywhere."""
+        sizes = self.size * DESC_SIZE, int(avail_bytes(self.size)), int(used_bytes(self.size))
+        return list(zip((self.desc_gpa, self.avail_gpa, self.used_gpa), sizes, strict=True))
+
+    @property
     def end_gpa(self) -> int:
-        """The first byte after the used ring."""
+        """The first byte after the used ring, the last part of `packed_at`."""
         return self.used_gpa + int(used_bytes(self.size))
 
 
@@ -122,6 +128,11 @@ class Chain:
     def read(self) -> bytes:
         """The device-readable bytes, one after the other."""
         return b"".join(self.readable)
+
+    @property
+    def readable_bytes(self) -> int:
+        """How much `read` gives: up to 4 GiB for each descriptor of the queue, if the driver says so."""
+        return sum(len(part) for part in self.readable)
 
     @property
     def room_bytes(self) -> int:

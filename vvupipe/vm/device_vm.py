@@ -181,7 +181,7 @@ class DeviceVm:
         function = VvuFunction(f"VVU function {address}", relay, uuid=function_uuid)
         self._stack.callback(function.close)
         bus.place_bars(function.config)
-        function.config.on_change = lambda: sysfs.show(address, function.config)
+        function.config.on_change = lambda: sysfs.update(address, function.config)
         sysfs.show(address, function.config)
         socket_name = f"{address}.vfio-user"
         server = VfioUserServer(function, listen_private(self.folder.path / socket_name))

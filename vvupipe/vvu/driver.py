@@ -59,7 +59,8 @@ class VvuDriver:
     def start(self) -> None:
         """Reset the function and set it up; the last step is status bit 0.
 
-        Raises: UserError when this is no VVU function, TransportError when it does not behave.
+        Raises: UserError when this is no VVU function or too few files may be open, TransportError when the function
+        does not behave.
         """
         identity = self.function.read(REGION_CONFIG, VENDOR_ID, 4)
         vendor, device = int.from_bytes(identity[:2], "little"), int.from_bytes(identity[2:], "little")
@@ -129,7 +130,13 @@ class VvuDriver:
         offered = self.function.irq_count(IRQ_MSIX)
         if offered < count:
             raise TransportError(f"function {self.function.name} has {offered} MSI-X vectors, {count} are needed")
-        self._irqs = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
+        try:
+            for _ in range(count):
+                self._irqs.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+        except OSError as error:
+            raise UserError(
+                f"function {self.function.name} needs {count} eventfds ({error.strerror}): raise ulimit -n"
+            ) from error
         self.function.set_irq_eventfds(IRQ_MSIX, 0, self._irqs)
         self._put(layout.CFG_COMMON, common.CONFIG_MSIX_VECTOR, 2, layout.VECTOR_CONFIG)
 
@@ -197,12 +204,15 @@ class VvuDriver:
         head = self._queues[layout.RXQ].add([], [(gpa, BUFFER_BYTES)])
         self._rx_buffers[head] = gpa
 
-    def take_message(self) -> tuple[bytes, int] | None:
-        """(message, its buffer) of the next one on the rxq, or None. `give_back` the buffer once it is dealt with."""
+    def _take(self, queue: int) -> tuple[int, int] | None:
         try:
-            taken = self._queues[layout.RXQ].take()
+            return self._queues[queue].take()
         except ProtocolError as error:
             raise TransportError(f"function {self.function.name}: {error}") from error
+
+    def take_message(self) -> tuple[bytes, int] | None:
+        """(message, its buffer) of the next one on the rxq, or None. `give_back` the buffer once it is dealt with."""
+        taken = self._take(layout.RXQ)
         if taken is None:
             return None
         head, written = taken
@@ -220,7 +230,7 @@ class VvuDriver:
     def put_message(self, data: bytes) -> bool:
         """Put a message on the txq. False when every buffer is under way: wait for `tx_eventfd`."""
         queue = self._queues[layout.TXQ]
-        while (taken := queue.take()) is not None:
+        while (taken := self._take(layout.TXQ)) is not None:
             self._tx_free.append(self._tx_buffers.pop(taken[0]))
         if not self._tx_free:
             return False

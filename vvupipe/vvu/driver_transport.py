@@ -32,7 +32,7 @@ _EVENTFD_BYTES = 8
 class VvuTransport:
     """Implements transport.Transport on a started driver, which it owns.
 
-    One front-end at a time, as the function; one task at a time may wait for it.
+    One front-end at a time, as the function; one task receives, any may send.
     """
 
     def __init__(self, driver: VvuDriver, on_close: Callable[[], None] | None = None) -> None:
@@ -43,6 +43,7 @@ class VvuTransport:
         #: the zero-length message of the former front-end is still to come
         self.end_due = False
         self._held: int | None = None  # rx buffer of the message that is being dealt with
+        self._waiting: dict[int, set[asyncio.Future[int]]] = {}  # by the fd that is watched
 
     async def accept(self) -> VvuConnection:
         """See transport.Transport: the first message tells that a front-end is there."""
@@ -98,24 +99,30 @@ class VvuTransport:
         driver = self._running()
         loop = asyncio.get_running_loop()
         woken: asyncio.Future[int] = loop.create_future()
-
-        def wake(fd: int) -> None:
-            if not woken.done():
-                woken.set_result(fd)
-
         watched = [fd for fd in (eventfd, driver.config_eventfd, driver.function.hangup_fd) if fd >= 0]
         for fd in watched:
-            loop.add_reader(fd, wake, fd)
+            # A loop has one reader for an fd, and several tasks may wait for this one.
+            if fd not in self._waiting:
+                loop.add_reader(fd, self._wake, fd)
+            self._waiting.setdefault(fd, set()).add(woken)
         try:
             fd = await woken
         finally:
             for other in watched:
-                loop.remove_reader(other)
+                self._waiting[other].discard(woken)
+                if not self._waiting[other]:
+                    del self._waiting[other]
+                    loop.remove_reader(other)
         if fd == driver.function.hangup_fd:
             raise TransportError(f"function {self._name} is gone: its VM ended")
         if fd == driver.config_eventfd:
             _drain(fd)
             driver.check()
+
+    def _wake(self, fd: int) -> None:
+        for woken in self._waiting[fd]:
+            if not woken.done():
+                woken.set_result(fd)
 
     def close(self) -> None:
         """See transport.Transport: the function is reset, so its sibling sees a disconnect."""

@@ -73,7 +73,8 @@ class VvuFunction:
             layout.FEATURES, [layout.QUEUE_SIZE] * layout.NUM_QUEUES, layout.vector_count(max_vhost_queues)
         )
         self._common.on_reset = self._virtio_reset
-        self._common.on_status = self._driver_status
+        self._common.on_status = self._start_queues
+        self._common.on_enable = self._start_queues
 
     # The proxy's side.
 
@@ -112,12 +113,13 @@ class VvuFunction:
 
     # Life cycle.
 
-    def _driver_status(self, status: int) -> None:
-        if not self._common.driver_ok or any(self._queues):
+    def _start_queues(self, _: int) -> None:
+        """The driver set a status bit or enabled a queue, which may come after DRIVER_OK."""
+        if not self._common.driver_ok or all(self._queues):
             return
         try:
             for index, registers in enumerate(self._common.queues):
-                if registers.enabled:
+                if registers.enabled and not self._queues[index]:
                     self._queues[index] = DeviceQueue(self.dma, registers.layout)
         except ProtocolError as error:
             self.fail(error)
@@ -149,8 +151,8 @@ class VvuFunction:
     def before_unmap(self, iova: int, size_bytes: int) -> None:
         """See ServedFunction: a driver that takes away a queue in use has not stopped it."""
         for index, registers in enumerate(self._common.queues):
-            where = registers.layout
-            if self._queues[index] and iova < where.end_gpa and where.desc_gpa < iova + size_bytes:
+            parts = registers.layout.parts if self._queues[index] else []
+            if any(start < iova + size_bytes and iova < start + size for start, size in parts):
                 self.fail(ProtocolError("the memory of a queue in use was unmapped"))
                 return
 
@@ -191,6 +193,8 @@ class VvuFunction:
 
     def read(self, region: int, offset: int, count: int) -> bytes:
         """See ServedFunction."""
+        if not count:
+            return b""  # no access, so without its effects
         if region == REGION_CONFIG:
             return self._read_config(offset, count)
         if region == layout.BAR_VIRTIO:
@@ -206,6 +210,8 @@ class VvuFunction:
 
     def write(self, region: int, offset: int, data: bytes) -> None:
         """See ServedFunction."""
+        if not data:
+            return
         if region == REGION_CONFIG:
             self._write_config(offset, data)
         elif region == layout.BAR_VIRTIO:

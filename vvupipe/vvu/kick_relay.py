@@ -35,6 +35,7 @@ class KickRelay:
         self._events = np.zeros(layout.EVENTS_MAX, layout.EVENT)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._control(_EPOLL_CTL_ADD, self._wake, layout.WAKE)
+        self._routes = 0
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="kick-relay", daemon=True)
         self._thread.start()
@@ -58,11 +59,20 @@ class KickRelay:
     def add(self, kick_fd: int, signal_fd: int) -> None:
         """Signal `signal_fd` whenever `kick_fd` is. Raises: OSError when it is no fd that can be waited for."""
         self._control(_EPOLL_CTL_ADD, kick_fd, signal_fd)
+        self._routes += 1
 
     def remove(self, kick_fd: int) -> None:
         """End a route; both its fds may be closed afterwards."""
         self._control(_EPOLL_CTL_DEL, kick_fd, 0)
+        self._routes -= 1
         self._synchronise(_SWITCH_S)
+
+    def settle(self) -> None:
+        """Return once every kick from before has been passed on."""
+        # The thread begins to wait after the first time, and has finished what it found then after the second; it
+        # finds EVENTS_MAX at most, those that have waited longest.
+        for _ in range(2 + self._routes // layout.EVENTS_MAX):
+            self._synchronise(_SWITCH_S)
 
     def _control(self, operation: int, fd: int, signal_fd: int) -> None:
         # Not select.epoll.register: that one always puts the fd itself into the user data.

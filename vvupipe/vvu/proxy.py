@@ -14,7 +14,7 @@ from typing import Any
 from vvupipe.errors import Disconnected, ProtocolError, UserError
 from vvupipe.memory.shared import create_unnamed
 from vvupipe.vhost_user.describe import Side
-from vvupipe.vhost_user.messages import ANSWERED, Message, ProtocolFeature, Request, unpack
+from vvupipe.vhost_user.messages import ANSWERED, HEADER, MAX_PAYLOAD, Message, ProtocolFeature, Request, unpack
 from vvupipe.vhost_user.payloads import InflightArea, pack_u64, unpack_u64
 from vvupipe.vhost_user.socket_transport import MessageSocket, SocketConnection, SocketTransport
 from vvupipe.vhost_user.tracer import Stay, Tracer
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _CAUGHT_UP_S = 10.0  # a driver that gives buffers back in batches is not waited for any longer
 _REFUSED = 1
 _INFLIGHT_MAX = 256 << 20
+_MESSAGE_MAX = HEADER.size + MAX_PAYLOAD
 
 
 class VvuProxy:
@@ -175,9 +176,12 @@ class VvuProxy:
         stay = self._stay
         try:
             while (message := await channel.receive()) is not None:
-                if stay:
+                current = self._fds.channel is channel
+                if current and stay:
                     stay.channel_message(Side.FRONT_END, message)
                 message.close_fds()
+                if not current:
+                    return  # what it still holds must not reach the next sibling's stay
                 if not message.is_reply:
                     log.warning("%s: a request on the back-end channel was dropped", self._function.name)
                 elif not await self._deliver(message.pack()):
@@ -251,7 +255,11 @@ class VvuProxy:
                     break
                 if chain is None:
                     break
-                await self._send(chain.read())
+                size = chain.readable_bytes
+                if size > _MESSAGE_MAX:
+                    log.error("%s: the driver sent %d bytes, which are no message", self._function.name, size)
+                else:
+                    await self._send(chain.read())
                 # The driver may have reset the function meanwhile.
                 if self._function.queue(layout.TXQ) is queue and queue.push(chain.head, 0):
                     self._function.interrupt_queue(layout.TXQ)
@@ -273,8 +281,13 @@ class VvuProxy:
                     log.debug("%s: %s came after the sibling left", self._function.name, message.name)
                     return
                 self._show(Side.BACK_END, message)
-                with contextlib.suppress(Disconnected):  # `_receive` sees its end too
+                try:
                     await sibling.send(message)
+                except Disconnected:
+                    return  # `_receive` sees its end too
+                except OSError as error:
+                    log.warning("%s: %s cannot be answered: %s", self._function.name, message.name, error)
+                    sibling.shut_down()
         finally:
             message.close_fds()
 
@@ -286,8 +299,13 @@ class VvuProxy:
             return
         if self._stay:
             self._stay.channel_message(Side.BACK_END, message)
-        with contextlib.suppress(Disconnected):  # whoever reads the channel sees its end too
+        try:
             await channel.send(message)
+        except Disconnected:
+            return  # whoever reads the channel sees its end too
+        except OSError as error:
+            log.warning("%s: back-end channel: %s", self._function.name, error)
+            channel.shut_down()
 
     def _adapt(self, message: Message) -> None:
         """Make a reply of the driver one that the sibling can have."""
@@ -306,7 +324,7 @@ class VvuProxy:
                 if not 0 < area.size_bytes <= _INFLIGHT_MAX:
                     raise ProtocolError(f"an inflight region of {area.size_bytes} bytes")
                 message.fds.append(create_unnamed(area.size_bytes))
-            except (ProtocolError, UserError) as error:
+            except (ProtocolError, UserError, OSError) as error:
                 log.error("%s: the sibling gets no inflight region: %s", self._function.name, error)
 
 

@@ -49,10 +49,12 @@ class ProxyFds:
         if self._placer:
             self._placer.forget()
         self._function.notifications.forget_sibling()
+        self._set_channel(None)
+
+    def _set_channel(self, channel: MessageSocket | None) -> None:
         if self.channel:
-            # Whoever reads it wakes up and closes it.
-            self.channel.shut_down()
-            self.channel = None
+            self.channel.shut_down()  # whoever reads it wakes up and closes it
+        self.channel = channel
 
     async def keep(self, connection: SocketConnection, message: Message) -> None:
         """Take over what comes with a message. Raises: ProtocolError when it does not fit the message."""
@@ -76,7 +78,7 @@ class ProxyFds:
                 _check_eventfds(message)
                 self._function.notifications.set_log(connection.log_event(message))
             case Request.SET_BACKEND_REQ_FD:
-                self.channel = connection.back_end_channel(message)
+                self._set_channel(connection.back_end_channel(message))
             case request if request in _VRING_EVENTS:
                 self._keep_event(connection, message)
 
@@ -100,7 +102,7 @@ class ProxyFds:
 
     async def _add_slot(self, connection: SocketConnection, message: Message) -> None:
         entry = unpack_single_region(message)
-        if len(self._function.shared_memory.areas) >= layout.MEM_SLOTS_MAX:
+        if self._function.shared_memory.slots >= layout.MEM_SLOTS_MAX:
             raise ProtocolError(f"more than {layout.MEM_SLOTS_MAX} memory slots")
         regions = await connection.added_region(message)
         try:

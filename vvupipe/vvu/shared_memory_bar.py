@@ -48,6 +48,11 @@ class SharedMemoryBar:
         """What is in it."""
         return self._now.areas
 
+    @property
+    def slots(self) -> int:
+        """How many of them are the sibling's memory."""
+        return len(self._now.memory)
+
     # Plans. The fds in them are the caller's until `commit`.
 
     def plan_table(self, regions: list[MemoryRegion]) -> Plan:

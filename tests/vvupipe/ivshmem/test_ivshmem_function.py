@@ -182,6 +182,38 @@ def test_a_doorbell_reaches_what_is_tied_to_it(served):
     function.close()
 
 
+class LateRing:
+    """A relay during whose `remove` the guest rings once more."""
+
+    def __init__(self):
+        self.settled = 0
+
+    def add(self, kick_fd, signal_fd):
+        pass
+
+    def settle(self):
+        self.settled += 1
+
+    def remove(self, kick_fd):
+        os.eventfd_write(kick_fd, 1)
+
+
+def test_a_ring_while_another_eventfd_is_tied_is_not_lost():
+    relay = LateRing()
+    server = IvshmemServer(Memory(), relay, [(2, 12)])
+    first, second = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
+    server.tie(2, 12, first)
+    os.eventfd_write(server._bells[0], 1)
+    server.tie(2, 12, second)
+    assert relay.settled == 1, "what was rung before has reached the former one by the relay"
+    assert os.eventfd_read(first) == 1
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(second)
+    server.close()
+    for fd in (first, second):
+        os.close(fd)
+
+
 def test_dma_memory_is_what_the_function_reaches(served):
     function, memory = open_ivshmem(served.device)
     function.dma_map(memory.gpa, memory.size_bytes, memory.fd, memory.fd_offset)

@@ -1,8 +1,10 @@
+import errno
 import shutil
 import subprocess
 
 import pytest
 
+from vvupipe.pci import sysfs_tree
 from vvupipe.pci.address import PciAddress
 from vvupipe.pci.config_space import Bar, ConfigSpace
 from vvupipe.pci.sysfs_tree import SysfsTree
@@ -45,6 +47,23 @@ def test_config_follows_and_the_tree_goes(tmp_path, config):
     assert (tree.path / "devices" / "0000:00:10.0" / "config").read_bytes()[4] == 6
     tree.close()
     assert not (tmp_path / "sys").exists()
+
+
+def test_full_disk_holds_up_nobody_who_changes_the_configuration(tmp_path, config, monkeypatch, caplog):
+    tree = SysfsTree(tmp_path / "sys")
+    tree.show(ADDRESS, config)
+    config.on_change = lambda: tree.update(ADDRESS, config)
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sysfs_tree, "_replace", full)
+        config.write(4, b"\x02\x00")
+        assert config.get(4, 2) == 2
+        assert "lspci does not see what changed: No space left on device" in caplog.text
+    config.write(4, b"\x06\x00")
+    assert (tree.path / "devices" / "0000:00:10.0" / "config").read_bytes()[4] == 6
 
 
 @pytest.mark.skipif(not shutil.which("lspci"), reason="needs lspci")

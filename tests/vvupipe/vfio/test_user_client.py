@@ -1,3 +1,4 @@
+import errno
 import os
 import socket
 import struct
@@ -135,6 +136,37 @@ def test_silent_server(monkeypatch):
         function.reset()
     theirs.close()
     function.close()
+
+
+def test_busy_function_of_another_server(monkeypatch):
+    function = scripted(monkeypatch, reply(1, 1, b"in use", flags=0x21, error=errno.EBUSY))
+    with pytest.raises(UserError, match="in use by another process"):
+        function.negotiate()
+    function.close()
+
+
+def test_server_that_takes_no_data(monkeypatch):
+    version = struct.pack("=HH", 0, 1) + b'{"capabilities":{"max_data_xfer_size":0}}\0'
+    function = scripted(monkeypatch, reply(1, 1, version))
+    with pytest.raises(TransportError, match="no data"):
+        function.negotiate()
+    function.close()
+
+
+@pytest.mark.parametrize("ask", [lambda f: f.mappable_areas(4), lambda f: f.io_event(2, 12, bytes(4))])
+def test_without_room_for_more_files_none_is_lost(function, monkeypatch, ask):
+    before = set(os.listdir("/proc/self/fd"))
+    real, left = os.dup, [0, 1]  # the second one fails
+
+    def dup(fd):
+        if threading.current_thread() is threading.main_thread() and not left.pop():
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(fd)
+
+    monkeypatch.setattr(os, "dup", dup)
+    with pytest.raises(OSError, match="Too many"):
+        ask(function)
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("when", ["before the command", "with the command unread", "with the command read"])

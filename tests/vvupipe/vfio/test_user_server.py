@@ -1,9 +1,12 @@
 """One test for each command and each way to break it; the encoding here is the test's own."""
 
+import contextlib
 import errno
 import json
 import os
+import resource
 import select
+import socket
 import struct
 import time
 
@@ -13,6 +16,8 @@ from hypothesis import strategies as st
 
 from tests.vvupipe.vfio.server_thread import RawClient
 from vvupipe.errors import WorkerError
+from vvupipe.vfio import user_server
+from vvupipe.vfio.served_function import Region
 
 EXTENDED = b'{"capabilities":{"max_msg_fds":253,"vvupipe":{"area_fds":true,"doorbell_fds":true,"other":true}}}\0'
 
@@ -212,6 +217,7 @@ def test_dma_map_and_unmap(server, client, memfd):
     assert dma_map(client, 0x12000, 4096) is None  # known, not mappable
     body = struct.pack("=IIQQ", 24, 0, 0x10000, 8192)
     assert client.ask("DMA_UNMAP", struct.pack("=IIQQ", 24, 0, 0x10000, 4096))[0] == errno.EINVAL
+    assert server.function.log == [], "what was refused took nothing away"
     assert client.ask("DMA_UNMAP", body) == (None, body, [])
     assert ("unmap", 0x10000, 8192) in server.function.log
     assert client.ask("DMA_UNMAP", body) == (None, body, [])  # as Linux: nothing to unmap is no error
@@ -298,6 +304,24 @@ def test_second_client_is_told_that_the_function_is_busy(server, client, path):
     assert client.ask("RESET") == (None, b"", [])
 
 
+def test_client_for_whom_no_file_can_be_opened_has_to_wait(server, path, monkeypatch, caplog):
+    monkeypatch.setattr(user_server, "_ACCEPT_AGAIN_S", 0.02)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    client = RawClient.__new__(RawClient)
+    client.sock = socket.socket(socket.AF_UNIX)
+    client.sock.settimeout(10)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        client.sock.connect(str(path))
+        wait_until(lambda: "a client has to wait: Too many open files" in caplog.text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert client.ask("VERSION", struct.pack("=HH", 0, 1))[0] is None
+    client.close()
+
+
 def test_client_that_leaves_takes_its_memory_and_eventfds_along(server, client, path, memfd):
     fd = eventfd()
     set_irqs(client, EVENTFD | TRIGGER, 0, 1, fds=[fd])
@@ -307,6 +331,55 @@ def test_client_that_leaves_takes_its_memory_and_eventfds_along(server, client, 
     assert server.function.log[-1] == "left"
     assert server.function.irqs[2].target(0) == -1
     assert dma_map(again, 0, 4096, memfd) is None
+    again.close()
+
+
+def test_client_that_takes_no_replies_gets_the_files_of_when_it_asked(server, path):
+    client = RawClient(path, EXTENDED)
+    request = struct.pack("=IIIIQQ", 4096, 0, 4, 0, 0, 0)
+    sent, own = 0, {os.fstat(fd).st_ino for fd in server.function.memory}
+    client.sock.settimeout(0.3)
+    with contextlib.suppress(TimeoutError):
+        while sent < 10000:
+            client.send("GET_REGION_INFO", request)
+            sent += 1
+    assert sent < 10000
+
+    def replace():
+        for number, fd in enumerate(server.function.memory):
+            os.close(fd)
+            server.function.memory[number] = -1
+        server.function.region = lambda index: Region(4096)
+
+    server.call(replace)
+    other = [os.memfd_create("somebody else's") for _ in range(2)]
+    client.sock.settimeout(10)
+    for _ in range(sent):
+        _, _, fds = client.receive()
+        assert {os.fstat(fd).st_ino for fd in fds} <= own
+        for fd in fds:
+            os.close(fd)
+    assert client.ask("RESET")[0] is None
+    for fd in other:
+        os.close(fd)
+    client.close()
+
+
+def test_reply_that_cannot_be_sent_ends_its_client_only(server, path, monkeypatch, caplog):
+    client = RawClient(path)
+
+    async def send(self, data, fds=()):
+        raise OSError(errno.ETOOMANYREFS, "too many references")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(user_server.FdSocket, "send", send)
+        client.send("RESET")
+        with pytest.raises(ConnectionError):
+            client.receive()
+    assert "client dropped" in caplog.text
+    client.close()
+    again = RawClient(path)
+    assert again.ask("RESET")[0] is None
     again.close()
 
 

@@ -49,6 +49,16 @@ def test_kick_from_before_the_route_is_told(relay, fds):
     relay.remove(kick)
 
 
+def test_what_was_kicked_before_is_told_when_it_has_settled(relay, fds):
+    kick, signal = fds[:2]
+    relay.add(kick, signal)
+    for k in range(200):
+        os.eventfd_write(kick, 1)
+        relay.settle()
+        assert os.eventfd_read(signal) == 1, k
+    relay.remove(kick)
+
+
 def test_two_vrings_that_share_an_eventfd_are_both_told(relay, fds):
     kick, first, second, *_ = fds
     other = os.dup(kick)

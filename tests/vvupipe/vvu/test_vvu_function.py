@@ -138,7 +138,12 @@ def test_device_configuration(function):
     assert struct.unpack("<II", function.read(0, 0x2000, 8)) == (1, 64)
 
 
-def start(function, desc=RAM, features=3):
+def start(function, desc=RAM, features=3, places=None, enabled=(0, 1)):
+    """places: addresses of descriptors, available and used ring of queue 0; None: one after the other from `desc`.
+
+    enabled: the queues that are enabled before DRIVER_OK.
+    """
+    places = places or {part: desc + 0x2000 * part for part in range(3)}
     put(function, 0, 20, 1, 3)
     put(function, 0, 8, 4, 1)
     put(function, 0, 12, 4, features)
@@ -146,10 +151,10 @@ def start(function, desc=RAM, features=3):
     for queue in (0, 1):
         put(function, 0, 22, 2, queue)
         put(function, 0, 26, 2, 1 + queue)
-        put(function, 0, 32, 8, desc + 0x10000 * queue)
-        put(function, 0, 40, 8, desc + 0x10000 * queue + 0x2000)
-        put(function, 0, 48, 8, desc + 0x10000 * queue + 0x4000)
-        put(function, 0, 28, 2, 1)
+        for part in range(3):
+            put(function, 0, 32 + 8 * part, 8, places[part] + 0x10000 * queue)
+        if queue in enabled:
+            put(function, 0, 28, 2, 1)
     put(function, 0, 16, 2, 0)
     put(function, 0, 20, 1, 15)
     return get(function, 0, 20, 1)
@@ -171,6 +176,19 @@ def test_back_end_is_up_after_driver_ok_and_status_bit(function, ram):
     assert function.queue(0) is None
 
 
+@pytest.mark.parametrize("early", [(), (0,), (1,)])
+def test_queues_may_be_enabled_after_driver_ok(function, ram, early):
+    put(function, 0, 0x2000, 4, 1)
+    start(function, enabled=early)
+    assert function.backend.events == []
+    for queue in {0, 1} - set(early):
+        put(function, 0, 22, 2, queue)
+        put(function, 0, 28, 2, 1)
+    assert function.backend.events == ["up"]
+    assert function.queue(0)
+    assert function.queue(1)
+
+
 def test_notification_before_driver_ok_is_dropped(function):
     put(function, 0, 0x3000, 2, 0)
     assert function.backend.events == []
@@ -190,6 +208,18 @@ def test_memory_of_a_queue_in_use_cannot_be_taken_away(function, ram):
     function.before_unmap(0, 0x1000)
     assert get(function, 0, 20, 1) == 15
     function.before_unmap(RAM, 1 << 20)
+    assert get(function, 0, 20, 1) & 0x40
+
+
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["descriptors", "available", "used"])
+def test_each_part_of_a_queue_in_use_may_lie_anywhere(function, ram, part):
+    order = [(part + k) % 3 for k in range(3)]  # the one in question is the lowest
+    places = {each: RAM + 0x4000 * k for k, each in enumerate(order)}
+    start(function, places=places)
+    assert get(function, 0, 20, 1) == 15
+    function.before_unmap(RAM + 0x1000, 0x3000)  # between two parts
+    assert get(function, 0, 20, 1) == 15
+    function.before_unmap(RAM, 0x1000)
     assert get(function, 0, 20, 1) & 0x40
 
 
@@ -276,6 +306,18 @@ def test_client_that_left_leaves_a_function_as_new(function, ram):
     function.client_left()
     assert function.backend.events[-1] == "down"
     assert (get(function, 0, 20, 1), get(function, 0, 0x2000, 4), get(function, CONFIG, 4, 2)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("offset", [0, 0x1000, 0x2000, 0x3000, 0x4000])
+def test_access_of_no_bytes_is_none(function, ram, offset):
+    start(function)
+    function.set_frontend_up(True)
+    function.backend.events.clear()
+    function.write(0, offset, b"")
+    function.write(2, 0, b"")
+    assert function.read(0, offset, 0) == b""
+    assert function.backend.events == []
+    assert get(function, 0, 0x1000, 1) == 2, "the ISR status is cleared by reading it"
 
 
 ACCESS = st.tuples(
