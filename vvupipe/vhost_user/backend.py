@@ -269,9 +269,11 @@ class Session:
 
     async def _set_backend_req_fd(self, message: Message) -> None:
         channel = self._connection.back_end_channel(message)
-        if self._channel:
-            await self._channel.close()
+        former = self._channel
+        # Who waits on the former one finds the new one when that is closed.
         self._channel = BackendChannel(channel, acks=ProtocolFeature.REPLY_ACK in self._protocol)
+        if former:
+            await former.close()
         self._memory.ask_again()
 
     def _tell_config_change(self) -> None:

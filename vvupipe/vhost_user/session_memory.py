@@ -168,12 +168,13 @@ class SessionMemory:
             self._pool.on_waiting()
 
     async def _ask(self, index: int, iova: int, access: int) -> bool:
-        """Whether it was possible to ask."""
+        """Whether it was possible to ask, or is by now."""
+        channel = self.channel()
         try:
             await self._find(index, iova, access)
         except (Disconnected, TransportError) as error:
             log.warning("the front-end cannot be asked for a translation of %#x: %s", iova, error)
-            return False
+            return self.channel() is not channel
         except ProtocolError as error:
             log.warning("no translation of %#x: %s", iova, error)
         except WorkerError as error:

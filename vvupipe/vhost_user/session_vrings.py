@@ -369,7 +369,12 @@ class SessionVrings:
                 if channel is None:
                     log.warning("vring %d has news, and there is no back-end channel to tell it on", index)
                     continue
-                await channel.request(kind, VringState(index, 0).pack())
+                try:
+                    await channel.request(kind, VringState(index, 0).pack())
+                except Disconnected:
+                    if self.channel() is channel:
+                        raise
+                    os.eventfd_write(fd, 1)  # there is another one, on which it is told again
         except (Disconnected, ProtocolError, TransportError) as error:
             log.warning("in-band notifications of vring %d end: %s", index, error)
 

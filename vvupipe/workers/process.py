@@ -295,6 +295,7 @@ class Worker(CommandExecutor):
         ring["signalled_valid"] = 0
         status = self._enter(index)
         if status not in (OK, MISS):
+            ring["last_avail_idx"], _ = self._stopped_at(index)
             self._to_resume.pop(index, None)
             self._let_go(index)
             raise WorkerError(f"vring {index}: {TEXT.get(status, TEXT[ERR_RING_ADDRESS])}")
@@ -325,15 +326,15 @@ class Worker(CommandExecutor):
         return {"last_avail_idx": position, "undone": undone}
 
     def _stopped_at(self, index: int) -> tuple[int, int]:
-        """(last_avail_idx, requests that wait for a translation of their ring or buffers to be done again)."""
+        """(last_avail_idx, requests that are to be done again and cannot be: their ring or buffers are elsewhere)."""
         ring = self._rings[index]
         position, undone = int(ring["last_avail_idx"]), 0
         if ring["state"] == layout.VRING_WAITING:
             undone = int(ring["resubmit_count"] - ring["resubmit_next"])
-            if index in self._to_resume and index in self._inflight:
-                part = self._inflight[index].view
-                found = inflight_position.of(part, int(ring["size"]), packed=bool(ring["packed"]))
-                position, undone = found or (position, undone)
+        if index in self._to_resume and index in self._inflight:
+            part = self._inflight[index].view
+            found = inflight_position.of(part, int(ring["size"]), packed=bool(ring["packed"]))
+            position, undone = found or (position, undone)
         return position, undone
 
     def _do_write_through(self, fields: commands.Fields, fds: list[int]) -> None:

@@ -167,3 +167,56 @@ def test_ring_that_could_not_start_says_nothing_of_the_next_front_end(tmp_path):
             assert BlkDriver(back_end.ring).read(2, 512) == back_end.content[1024:1536]
 
     play(BackEnd(tmp_path, num_queues=2), story)
+
+
+def test_channel_that_is_replaced_while_it_is_asked(tmp_path):
+    """Nobody answers on the former one: the new one is asked."""
+
+    def story(back_end):
+        with with_iommu(back_end) as frontend:
+            former = frontend.open_channel()
+            start(frontend, back_end.ring)
+            former.receive()
+            channel = frontend.open_channel()
+            request, _, _ = channel.receive()
+            tell_all(frontend, back_end.memory)
+            channel.acknowledge(request)
+            assert BlkDriver(back_end.ring).read(2, 512) == back_end.content[1024:1536]
+            former.close()
+            channel.close()
+
+    play(BackEnd(tmp_path), story)
+
+
+def test_channel_that_is_replaced_while_it_is_notified(tmp_path):
+    """What was not acknowledged on the former one is told on the new one, and all that comes after it."""
+
+    def story(back_end):
+        with contextlib.closing(fe.Frontend(back_end.socket)) as frontend:
+            plain = fe.F_VERSION_1 | fe.F_PROTOCOL_FEATURES
+            frontend.negotiate(plain, PROTOCOL | fe.INBAND)
+            frontend.set_memory(back_end.memory)
+            former = frontend.open_channel()
+            ring = back_end.ring
+            frontend.tell(fe.SET_VRING_NUM, struct.pack("=II", 0, ring.size))
+            frontend.set_addresses(0, ring)
+            frontend.tell(fe.SET_VRING_KICK, struct.pack("=Q", 0), [ring.kick_fd])
+            frontend.enable(0, 1)
+            disk = BlkDriver(ring)
+            assert submit_read(disk) == former.receive()[0] == fe.CHANNEL_CALL
+            channel = frontend.open_channel()
+            for _ in range(2):
+                request, _, _ = channel.receive()
+                assert request == fe.CHANNEL_CALL
+                channel.acknowledge(request)
+                submit_read(disk)
+            former.close()
+            channel.close()
+
+    play(BackEnd(tmp_path), story)
+
+
+def submit_read(disk):
+    disk.memory.pack("<IIQ", disk.header, IN, 0, 8)
+    disk.submit([(disk.header, 16, False), (disk.buffer, 512, True), (disk.status, 1, True)])
+    return fe.CHANNEL_CALL

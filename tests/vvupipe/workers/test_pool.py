@@ -18,6 +18,7 @@ from tests.mock.blk_batch import BlkBatch
 from tests.mock.blk_driver import IN, OK, OUT, BlkDriver
 from tests.mock.driver_ring import DriverRing
 from tests.mock.guest_memory import GuestMemory
+from tests.mock.packed_ring import PackedRing
 from tests.vvupipe.workers.pool_kit import in_scene, read, until
 from vvupipe.errors import WorkerError
 from vvupipe.memory.doorbell import Doorbell
@@ -340,3 +341,28 @@ def test_doorbell_of_no_use_of_a_ring_that_breaks(image):
         assert scene.pool.pids() == [pid]
 
     in_scene(image, story, num_vrings=2, num_workers=1)
+
+
+@pytest.mark.parametrize("kind", [DriverRing, PackedRing])
+def test_position_of_a_ring_whose_memory_a_new_worker_does_not_find(image, kind):
+    """It goes on from there when the memory is back."""
+
+    async def story(scene):
+        await scene.give_memory()
+        ring = kind(scene.memory)
+        disk, packed = BlkDriver(ring), kind is PackedRing
+        base = PackedRing.START if packed else 0
+        await scene.pool.start_vring(scene.setup(0, ring, packed=packed, base=base))
+        for sector in range(3):
+            await read(disk, sector)
+        (pid,) = scene.pool.pids()
+        await scene.pool.set_memory([])
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: scene.pool.pids() not in ([pid], []))
+        position = await scene.pool.stop_vring(0)
+        assert position == (ring.position() if packed else ring.avail_idx)
+        await scene.give_memory()
+        await scene.pool.start_vring(scene.setup(0, ring, packed=packed, base=position))
+        assert await read(disk, 5) == image.read_bytes()[5 * 512 : 6 * 512]
+
+    in_scene(image, story, num_vrings=1)
