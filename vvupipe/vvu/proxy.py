@@ -263,6 +263,7 @@ class VvuProxy:
                 # The driver may have reset the function meanwhile.
                 if self._function.queue(layout.TXQ) is queue and queue.push(chain.head, 0):
                     self._function.interrupt_queue(layout.TXQ)
+                await asyncio.sleep(0)  # the queue may never be empty
 
     async def _send(self, data: bytes) -> None:
         try:
