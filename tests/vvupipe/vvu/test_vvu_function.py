@@ -223,6 +223,17 @@ def test_each_part_of_a_queue_in_use_may_lie_anywhere(function, ram, part):
     assert get(function, 0, 20, 1) & 0x40
 
 
+@pytest.mark.parametrize(("read_only", "status"), [(0, 15), (1, 15), (2, 15 | 0x40)])
+def test_what_the_function_only_reads_may_be_mapped_for_reading_alone(function, read_only, status):
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, 1 << 20)
+    for part in range(3):
+        place = RAM + 0x20000 * part
+        function.dma.map(place, 0x20000, fd, 0x20000 * part, writable=part != read_only)
+    os.close(fd)
+    assert start(function, places={part: RAM + 0x20000 * part for part in range(3)}) == status
+
+
 def test_front_end_bit_interrupts_and_moves_the_generation(function, ram):
     start(function)
     eventfd = os.eventfd(0, os.EFD_NONBLOCK)
