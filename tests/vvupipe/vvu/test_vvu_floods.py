@@ -2,15 +2,13 @@
 
 import asyncio
 import contextlib
-import socket
 import struct
 import subprocess
 import sys
 import time
 
 from tests.mock import frontend as fe
-from tests.vvupipe.vvu.test_vvu_path import ask, connect, opened, run, tell
-from vvupipe.vhost_user.messages import Message
+from tests.vvupipe.vvu.test_vvu_path import connect, opened, run, tell
 from vvupipe.vhost_user.payloads import pack_u64
 from vvupipe.virtio.split_queue import Chain
 from vvupipe.vvu.proxy import VvuProxy
@@ -62,27 +60,6 @@ def test_sibling_whose_messages_are_refused(vm):
             receiving.cancel()
             await asyncio.gather(receiving, return_exceptions=True)
             frontend.close()
-
-    run(test)
-
-
-def test_sibling_that_reads_nothing_of_its_channel_and_breaks_it(vm):
-    async def test():
-        with opened(vm) as transport:
-            frontend, connection = await connect(vm, transport)
-            ours, given = socket.socketpair()
-            message = await tell(frontend, connection, fe.SET_BACKEND_REQ_FD, b"", [given.fileno()])
-            given.close()
-            channel = connection.back_end_channel(message)
-            done = True
-            while done:  # until socket and txq are full
-                sending = asyncio.create_task(channel.send(Message(2)))
-                done, _ = await asyncio.wait({sending}, timeout=0.5)
-            ours.send(struct.pack("=III", 2, 0, 0))  # of no version
-            await asyncio.wait_for(sending, 5)
-            assert await ask(frontend, connection, fe.GET_FEATURES, pack_u64(1)) == pack_u64(1)
-            frontend.close()
-            ours.close()
 
     run(test)
 
