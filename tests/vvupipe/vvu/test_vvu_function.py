@@ -1,5 +1,6 @@
 """The function register by register, with offsets and layouts written out again here."""
 
+import errno
 import os
 import struct
 
@@ -285,6 +286,28 @@ def test_doorbell_takes_a_write_of_any_size(function, width):
     ]
     function.notifications.forget_sibling()
     assert function.io_events(2) == []
+
+
+def test_kick_that_the_kernel_watches_no_more_leaves_no_file_open(function, relay, monkeypatch):
+    before = len(os.listdir("/proc/self/fd"))
+    function.irqs[MSIX].set_eventfd(3, os.eventfd(0, os.EFD_NONBLOCK))
+    put(function, 2, 0x2000, 4, 3 << 16)
+    function.notifications.set_kick(0, os.eventfd(0, os.EFD_NONBLOCK))
+
+    def add(kick_fd, signal_fd):
+        raise OSError(errno.ENOSPC, "max_user_watches")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(relay, "add", add)
+        for _ in range(3):
+            with pytest.raises(OSError, match="max_user_watches"):
+                function.notifications.set_kick(0, os.eventfd(0, os.EFD_NONBLOCK))
+            with pytest.raises(OSError, match="max_user_watches"):
+                function.irqs[MSIX].set_eventfd(3, os.eventfd(0, os.EFD_NONBLOCK))
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+    function.notifications.set_kick(0, None)
+    function.irqs[MSIX].disable()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_window_in_configuration_space_reaches_the_bars(function):
