@@ -31,6 +31,8 @@ class FdSocket:
         """
         data = bytearray()
         fds: list[int] = []
+        # A peer that is always quicker than we must not keep everybody else from their turn.
+        await asyncio.sleep(0)
         try:
             while len(data) < count:
                 try:

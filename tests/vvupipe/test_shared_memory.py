@@ -41,6 +41,29 @@ def test_memory_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(m
     owner.stdout.close()
 
 
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("kind", ["fifo", "link", "somebody else's"])
+def test_what_others_put_there_is_left_alone(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr(shared, "_YOUNG_S", -1.0)
+    path = Path("/dev/shm") / f"vvupipe-{os.getuid()}-planted-{os.getpid()}"
+    target = tmp_path / "fifo"
+    os.mkfifo(target)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(target)
+    else:
+        if os.getuid():
+            pytest.skip("needs root")
+        path.touch(mode=0o644)
+        os.chown(path, 4711, 4711)
+    try:
+        assert path.name not in shared.remove_stale()
+        assert path.is_symlink() or path.exists()
+    finally:
+        path.unlink()
+
+
 def test_no_room_is_one_line_and_leaves_nothing():
     name = f"{shared.PREFIX}{os.getuid()}-room-{os.getpid()}"
     with pytest.raises(UserError, match="no room"):

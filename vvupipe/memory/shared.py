@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import stat
 import time
 from pathlib import Path
 
@@ -55,12 +56,15 @@ def remove_stale() -> list[str]:
     removed = []
     for path in _FOLDER.glob(f"{PREFIX[1:]}{os.getuid()}-*"):
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Everybody may put something there, also what has to be waited for or leads elsewhere.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError:
             continue  # its owner was quicker
         try:
+            status = os.fstat(fd)
+            ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
             # Between its creation and its lock an object is young.
-            if time.time() - os.fstat(fd).st_ctime > _YOUNG_S:
+            if ours and time.time() - status.st_ctime > _YOUNG_S:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 unlink(f"/{path.name}")
                 removed.append(path.name)

@@ -20,7 +20,6 @@ class _DmaMap:
     iova: int
     size_bytes: int
     mapping: Mapping | None  # None: known, but the client gave no fd
-    writable: bool
 
 
 class DmaSpace:
@@ -52,7 +51,7 @@ class DmaSpace:
                 raise OSError(errno.EINVAL, str(error)) from error
         place = bisect.bisect(self._starts, iova)
         self._starts.insert(place, iova)
-        self._maps.insert(place, _DmaMap(iova, size_bytes, mapping, writable))
+        self._maps.insert(place, _DmaMap(iova, size_bytes, mapping))
 
     def check_unmap(self, iova: int, size_bytes: int) -> None:
         """Raises: OSError (EINVAL) when `unmap` would."""
@@ -94,14 +93,14 @@ class DmaSpace:
         return first < end
 
     def view(self, address_gpa: int, size_bytes: int) -> memoryview:
-        """See virtio.split_queue.BusMemory; the bytes must lie in one mapping."""
+        """See virtio.split_queue.BusMemory; the bytes must lie in one mapping, and can be written if that can."""
         place = bisect.bisect(self._starts, address_gpa) - 1
         if place >= 0:
             entry = self._maps[place]
             start = address_gpa - entry.iova
             if start + size_bytes <= entry.size_bytes:
-                if entry.mapping is None or not entry.writable:
-                    raise ProtocolError(f"memory at {address_gpa:#x} is not mapped for writing")
+                if entry.mapping is None:
+                    raise ProtocolError(f"memory at {address_gpa:#x} came without a file")
                 return entry.mapping.view[start : start + size_bytes]
         raise ProtocolError(f"{size_bytes} bytes at {address_gpa:#x} are not mapped for DMA")
 

@@ -37,9 +37,11 @@ class IrqTable:
         """Take over `fd` (-1: none) for an interrupt."""
         irq = self._irqs[number]
         old, irq.fd = irq.fd, fd
-        self.on_route(number)
-        if old >= 0:
-            os.close(old)
+        try:
+            self.on_route(number)
+        finally:
+            if old >= 0:
+                os.close(old)
         if irq.pending and not irq.masked:
             self._deliver(number)
 

@@ -44,7 +44,7 @@ class BusMemory(Protocol):
     """What a device reaches by DMA."""
 
     def view(self, address_gpa: int, size_bytes: int) -> memoryview:
-        """A writable view of these bytes. Raises: ProtocolError when they are not all mapped."""
+        """A view of these bytes, read-only where the device may not write. Raises: ProtocolError: not all mapped."""
 
 
 class FlatMemory:
@@ -109,6 +109,8 @@ class _Rings:
         self.desc_u16 = desc.cast("H")
         self.avail = memory.view(layout.avail_gpa, avail_bytes(size)).cast("H")
         used = memory.view(layout.used_gpa, used_bytes(size))
+        if used.readonly:
+            raise ProtocolError(f"the used ring at {layout.used_gpa:#x} is not mapped for writing")
         self.used_u16 = used.cast("H")
         self.used_elem = used[USED_RING : USED_RING + size * USED_ELEM_SIZE].cast("I")
 
@@ -193,6 +195,8 @@ class DeviceQueue:
                 raise ProtocolError("indirect descriptor, which was not offered")
             part = self._memory.view(address, length)
             if flags & DESC_F_WRITE:
+                if part.readonly:
+                    raise ProtocolError(f"a buffer at {address:#x} is not mapped for writing")
                 chain.writable.append(part)
             elif chain.writable:
                 raise ProtocolError("device-readable descriptor after a device-writable one")

@@ -93,9 +93,11 @@ class Notifications:
         """Take over the kick eventfd of a vring (None: none), non-blocking."""
         vring = self._vrings[index]
         old, vring.kick_fd = vring.kick_fd, -1 if fd is None else fd
-        self._route(vring)
-        if old >= 0:
-            os.close(old)
+        try:
+            self._route(vring)
+        finally:
+            if old >= 0:
+                os.close(old)
 
     def set_call(self, index: int, doorbell: Doorbell | None) -> None:
         """Tie doorbell `index`."""

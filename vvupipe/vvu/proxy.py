@@ -55,6 +55,7 @@ class VvuProxy:
         self._tracer = tracer
         self._stay: Stay | None = None
         self._sending = asyncio.Lock()
+        self._requesting = asyncio.Lock()  # the same, on the back-end channel
         self._acks = False
         self._up = asyncio.Event()
         self._down = asyncio.Event()
@@ -191,7 +192,9 @@ class VvuProxy:
         finally:
             if self._fds.channel is channel:
                 self._fds.channel = None
-            channel.close()
+            channel.shut_down()
+            async with self._requesting:  # whoever waits in `send` must wake before the fd goes
+                channel.close()
 
     # rxq
 
@@ -263,6 +266,7 @@ class VvuProxy:
                 # The driver may have reset the function meanwhile.
                 if self._function.queue(layout.TXQ) is queue and queue.push(chain.head, 0):
                     self._function.interrupt_queue(layout.TXQ)
+                await asyncio.sleep(0)  # the queue may never be empty
 
     async def _send(self, data: bytes) -> None:
         try:
@@ -300,7 +304,8 @@ class VvuProxy:
         if self._stay:
             self._stay.channel_message(Side.BACK_END, message)
         try:
-            await channel.send(message)
+            async with self._requesting:
+                await channel.send(message)
         except Disconnected:
             return  # whoever reads the channel sees its end too
         except OSError as error:

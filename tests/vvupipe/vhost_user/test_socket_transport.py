@@ -78,6 +78,28 @@ def test_message_in_pieces(pair):
     assert run(test()).payload == pack_u64(77)
 
 
+def test_messages_that_are_there_already_leave_others_their_turn(pair):
+    connection, peer = pair
+    for _ in range(50):
+        peer.send(fe.GET_FEATURES)
+    turns = 0
+
+    async def other():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def test():
+        waiting = asyncio.create_task(other())
+        for _ in range(50):
+            assert (await connection.receive()).request == fe.GET_FEATURES
+        waiting.cancel()
+
+    run(test())
+    assert turns >= 50
+
+
 def test_orderly_end_and_end_in_the_middle(pair):
     connection, peer = pair
     peer.sock.sendall(struct.pack("=III", 1, 1, 8) + b"abc")

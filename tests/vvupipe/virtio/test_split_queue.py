@@ -173,3 +173,20 @@ def test_random_memory_never_does_worse_than_a_protocol_error(noise, idx):
     with contextlib.suppress(ProtocolError):  # anything else fails the test
         while (chain := device.pop()) is not None:
             assert len(chain.readable) + len(chain.writable) <= 16
+
+
+def test_buffers_that_may_only_be_read():
+    store, _, layout, _, _ = make()
+    rest = bytes(64)
+
+    class Memory(FlatMemory):
+        def view(self, address_gpa, size_bytes):
+            return memoryview(rest)[:size_bytes] if address_gpa == 0 else super().view(address_gpa, size_bytes)
+
+    device = DeviceQueue(Memory(memoryview(store), BASE), layout)
+    put_desc(store, 0, 0, 64, 0, 0)
+    put_desc(store, 1, 0, 64, 2, 0)
+    offer(store, layout, [0, 1])
+    assert device.pop().read() == rest
+    with pytest.raises(ProtocolError, match="not mapped for writing"):
+        device.pop()

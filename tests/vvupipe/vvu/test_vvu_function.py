@@ -1,5 +1,6 @@
 """The function register by register, with offsets and layouts written out again here."""
 
+import errno
 import os
 import struct
 
@@ -223,6 +224,17 @@ def test_each_part_of_a_queue_in_use_may_lie_anywhere(function, ram, part):
     assert get(function, 0, 20, 1) & 0x40
 
 
+@pytest.mark.parametrize(("read_only", "status"), [(0, 15), (1, 15), (2, 15 | 0x40)])
+def test_what_the_function_only_reads_may_be_mapped_for_reading_alone(function, read_only, status):
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, 1 << 20)
+    for part in range(3):
+        place = RAM + 0x20000 * part
+        function.dma.map(place, 0x20000, fd, 0x20000 * part, writable=part != read_only)
+    os.close(fd)
+    assert start(function, places={part: RAM + 0x20000 * part for part in range(3)}) == status
+
+
 def test_front_end_bit_interrupts_and_moves_the_generation(function, ram):
     start(function)
     eventfd = os.eventfd(0, os.EFD_NONBLOCK)
@@ -274,6 +286,28 @@ def test_doorbell_takes_a_write_of_any_size(function, width):
     ]
     function.notifications.forget_sibling()
     assert function.io_events(2) == []
+
+
+def test_kick_that_the_kernel_watches_no_more_leaves_no_file_open(function, relay, monkeypatch):
+    before = len(os.listdir("/proc/self/fd"))
+    function.irqs[MSIX].set_eventfd(3, os.eventfd(0, os.EFD_NONBLOCK))
+    put(function, 2, 0x2000, 4, 3 << 16)
+    function.notifications.set_kick(0, os.eventfd(0, os.EFD_NONBLOCK))
+
+    def add(kick_fd, signal_fd):
+        raise OSError(errno.ENOSPC, "max_user_watches")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(relay, "add", add)
+        for _ in range(3):
+            with pytest.raises(OSError, match="max_user_watches"):
+                function.notifications.set_kick(0, os.eventfd(0, os.EFD_NONBLOCK))
+            with pytest.raises(OSError, match="max_user_watches"):
+                function.irqs[MSIX].set_eventfd(3, os.eventfd(0, os.EFD_NONBLOCK))
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+    function.notifications.set_kick(0, None)
+    function.irqs[MSIX].disable()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_window_in_configuration_space_reaches_the_bars(function):
