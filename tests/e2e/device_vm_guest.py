@@ -131,16 +131,18 @@ class DeviceVm:
 
     def start_backend(self, address, image):
         """Start a back-end in the guest for an image in the shared folder; its pid there, once it serves."""
-        return self.start_backends({address: image})[0]
+        return self.start_backends({address: ["--file", f"/share/{image}"]})[0]
 
     def start_backends(self, images, timeout_s=120):
-        """Start a back-end for each address and image at once; their pids in the guest, once all serve."""
+        """Start a back-end for each address at once; their pids in the guest, once all serve.
+
+        images: {address: the options that say what it serves}.
+        """
         started = {}
         for address, image in images.items():
             self._backends += 1
             self.backend_log = self.folder / f"back-end{self._backends}.log"
-            options = ["--vfio", address, "--bind", "--file", f"/share/{image}", "--json", "-v"]
-            command = guest_command("device", "block", *options)
+            command = guest_command("device", "block", "--vfio", address, "--bind", *image, "--json", "-v")
             pid = int(self.check(f"{command} >/share/{self.backend_log.name} 2>&1 & echo $!"))
             started[pid] = self.backend_log
         deadline = time.monotonic() + timeout_s

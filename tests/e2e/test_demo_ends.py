@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -22,25 +23,32 @@ def started_in(folder):
     return found
 
 
+@pytest.fixture
+def folder():
+    """One with a short name, as sockets in it must have."""
+    with tempfile.TemporaryDirectory(prefix="demo-") as name:
+        yield Path(name)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_all_of_it(tmp_path, number, status):
+def test_a_signal_ends_all_of_it(folder, number, status):
     process = subprocess.Popen(
         [sys.executable, DEMO, "--size", "16", "--seconds", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder)},
     )  # fmt: skip
     try:
         while "features" not in (line := process.stdout.readline()):
             assert line
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
-        assert started_in(tmp_path) == []
+        assert started_in(folder) == []
     finally:
         process.kill()
-        for pid in started_in(tmp_path):
+        for pid in started_in(folder):
             os.kill(pid, signal.SIGKILL)
     assert process.returncode == status
     assert "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", ["0", "-5", "x"])
