@@ -28,7 +28,7 @@ from vvupipe.workers import commands
 from vvupipe.workers.control_block import ControlBlock
 from vvupipe.workers.left_undone import LeftUndone
 from vvupipe.workers.pool_memory import Command, PoolMemory
-from vvupipe.workers.vring_setup import VringSetup
+from vvupipe.workers.vring_setup import StartedVring, VringSetup
 from vvupipe.workers.worker_handle import OPEN_TIMEOUT_S, WorkerDied, WorkerHandle
 
 log = logging.getLogger(__name__)
@@ -48,15 +48,6 @@ class DeviceWorker:
     module: str
     fields: commands.Fields
     fds: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StartedVring:
-    """Where a vring started. again: requests of a former back-end that are done again; waits: for a translation."""
-
-    last_avail_idx: int
-    again: int
-    waits: bool
 
 
 class _Slot:
@@ -226,11 +217,11 @@ class WorkerPool:
         """Start a vring. A worker whose guest memory has lost pages makes way for another one, but only once."""
         handle = await self._worker(slot)
         try:
-            return await handle.command(*_start_command(setup, makes_way=True))
+            return await handle.command(*setup.start_command(makes_way=True))
         except WorkerDied:
             await handle.wait()
             await asyncio.sleep(0)
-        return await self._command(slot, *_start_command(setup))
+        return await self._command(slot, *setup.start_command())
 
     def _give_inflight(self, setup: VringSetup) -> None:
         """See that a vring has an inflight region. Raises: UserError, OSError when there is no room for one."""
@@ -367,7 +358,7 @@ class WorkerPool:
                 await self._try(handle, command, "memory")
         for setup in list(slot.vrings.values()):
             if slot.vrings.get(setup.index) is setup:  # else it was forgotten meanwhile, its fds are closed
-                await self._try(handle, _start_command(setup), f"vring {setup.index}")
+                await self._try(handle, setup.start_command(), f"vring {setup.index}")
 
     @staticmethod
     async def _try(handle: WorkerHandle, command: Command, what: str) -> None:
@@ -408,15 +399,3 @@ class WorkerPool:
             if not self.failed.done():
                 self.failed.set_result(error)
             raise error
-
-
-def _start_command(setup: VringSetup, *, makes_way: bool = False) -> Command:
-    fds = [setup.kick_fd] if setup.kick_fd >= 0 else []
-    fds += [doorbell.fd for doorbell in (setup.call, setup.err) if doorbell]
-    fds += [setup.inflight_fd] if setup.inflight_fd >= 0 else []
-    given = {
-        "kick_fd": setup.kick_fd >= 0,
-        "call_fd": setup.call is not None,
-        "err_fd": setup.err is not None,
-    }
-    return {"op": "start", "makes_way": makes_way, **setup.fields(), **given}, fds

@@ -1,4 +1,4 @@
-"""All that a worker needs to know to serve a vring."""
+"""All that a worker needs to know to serve a vring, and what it tells of its start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from vvupipe.memory.doorbell import Doorbell
+from vvupipe.workers import commands
 
 
 @dataclass(slots=True)
@@ -40,9 +41,20 @@ class VringSetup:
     call: Doorbell | None = None
     err: Doorbell | None = None
 
-    def fields(self) -> dict[str, int]:
-        """The numbers, for a command."""
-        return {
+    def start_command(self, *, makes_way: bool = False) -> tuple[commands.Fields, list[int]]:
+        """The command that starts it, and the files that go with that, which stay the holder's.
+
+        makes_way: a worker whose guest memory has lost pages may end instead (commands.MEMORY_LOST).
+        """
+        fds = [self.kick_fd] if self.kick_fd >= 0 else []
+        fds += [doorbell.fd for doorbell in (self.call, self.err) if doorbell]
+        fds += [self.inflight_fd] if self.inflight_fd >= 0 else []
+        fields = {
+            "op": "start",
+            "makes_way": makes_way,
+            "kick_fd": self.kick_fd >= 0,
+            "call_fd": self.call is not None,
+            "err_fd": self.err is not None,
             "index": self.index,
             "size": self.size,
             "desc_uva": self.desc_uva,
@@ -60,6 +72,7 @@ class VringSetup:
             "inflight_offset": self.inflight_offset,
             "inflight_bytes": self.inflight_bytes,
         }
+        return fields, fds
 
     def close(self) -> None:
         """Close the eventfds and the inflight region's file."""
@@ -71,3 +84,12 @@ class VringSetup:
             if doorbell:
                 doorbell.close()
         self.call = self.err = None
+
+
+@dataclass(frozen=True, slots=True)
+class StartedVring:
+    """Where a vring started. again: requests of a former back-end that are done again; waits: for a translation."""
+
+    last_avail_idx: int
+    again: int
+    waits: bool
