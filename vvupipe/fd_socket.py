@@ -5,12 +5,17 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
+import logging
 import os
 import socket
 from collections.abc import Sequence
 
 from vvupipe.errors import Disconnected, ProtocolError
 
+log = logging.getLogger(__name__)
+
+_ACCEPT_AGAIN_S = 1.0  # when no file can be opened
 _FDS_IN_ONE_MESSAGE = 253  # SCM_MAX_FD of Linux
 
 
@@ -122,6 +127,24 @@ async def wait_fd(fd: int, *, readable: bool = True) -> None:
         await ready
     finally:
         (loop.remove_reader if readable else loop.remove_writer)(fd)
+
+
+async def accept(listening: socket.socket, who: str) -> socket.socket:
+    """The next connection to a non-blocking socket. `who` has to wait, as the log says, while no file can be opened.
+
+    Raises: OSError.
+    """
+    while True:
+        await wait_fd(listening.fileno())
+        try:
+            return listening.accept()[0]
+        except (BlockingIOError, ConnectionAbortedError):
+            continue
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            log.warning("%s has to wait: %s", who, error.strerror)
+            await asyncio.sleep(_ACCEPT_AGAIN_S)
 
 
 def dup_all(fds: Sequence[int]) -> list[int]:

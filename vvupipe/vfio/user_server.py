@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vvupipe.errors import ProtocolError
-from vvupipe.fd_socket import FdSocket, close_all, dup_all, wait_fd
+from vvupipe.fd_socket import FdSocket, accept, close_all, dup_all
 from vvupipe.vfio import user_messages as wire
 from vvupipe.vfio.dma_space import ADDRESS_END
 from vvupipe.vfio.function import NUM_IRQS, NUM_REGIONS
@@ -27,7 +27,6 @@ from vvupipe.vfio.user_messages import Command, Header
 
 log = logging.getLogger(__name__)
 
-_ACCEPT_AGAIN_S = 1.0  # when no file can be opened
 _LEAVING_S = 1.0  # how long the clean-up after a client that hung up may take
 _FIRST_MESSAGE_S = 5.0  # whoever is turned away has this long to say VERSION
 _OWN_CAPABILITIES = {
@@ -73,19 +72,10 @@ class VfioUserServer:
 
     async def _accept(self) -> None:
         while True:
-            await wait_fd(self._listening.fileno())
-            with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-                try:
-                    sock = self._listening.accept()[0]
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE):
-                        raise
-                    log.warning("%s: a client has to wait: %s", self._function.name, error.strerror)
-                    await asyncio.sleep(_ACCEPT_AGAIN_S)
-                    continue
-                task = asyncio.create_task(self._serve(FdSocket(sock)))
-                self._tasks.add(task)
-                task.add_done_callback(self._ended)
+            sock = await accept(self._listening, f"{self._function.name}: a client")
+            task = asyncio.create_task(self._serve(FdSocket(sock)))
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import errno
 import logging
 import os
 import socket
@@ -12,7 +10,7 @@ import stat
 from pathlib import Path
 
 from vvupipe.errors import Disconnected, ProtocolError, TransportError, UserError
-from vvupipe.fd_socket import FdSocket, close_all, wait_fd
+from vvupipe.fd_socket import FdSocket, accept, close_all
 from vvupipe.memory.doorbell import Doorbell
 from vvupipe.memory.region import MemoryRegion
 from vvupipe.memory.shared import create_unnamed
@@ -22,7 +20,6 @@ from vvupipe.vhost_user.transport import FileArea
 
 log = logging.getLogger(__name__)
 
-_ACCEPT_AGAIN_S = 1.0  # when no file can be opened
 _FILE_END = 1 << 63  # off_t is signed
 _BACKLOG = 16  # front-ends that may wait for their turn
 
@@ -38,7 +35,6 @@ class MessageSocket:
 
         Raises: ProtocolError when the framing is broken, Disconnected when the peer left in the middle.
         """
-        await asyncio.sleep(0)  # a peer that never pauses must not keep signals and everybody else from their turn
         start = await self._socket.receive_exactly(HEADER.size)
         if start is None:
             return None
@@ -224,16 +220,7 @@ class SocketTransport:
         if self._connected:
             sock, self._sock = self._sock, None
             return SocketConnection(sock)
-        while True:
-            with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-                try:
-                    return SocketConnection(self._sock.accept()[0])
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE):
-                        raise
-                    log.warning("%s: a front-end has to wait: %s", self.describe(), error.strerror)
-                    await asyncio.sleep(_ACCEPT_AGAIN_S)
-            await wait_fd(self._sock.fileno())
+        return SocketConnection(await accept(self._sock, f"{self.describe()}: a front-end"))
 
     def close(self) -> None:
         """See transport.Transport."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from vvupipe.ending_signals import ending_signals
 from vvupipe.errors import ProtocolError
-from vvupipe.fd_socket import peer_pid, wait_fd
+from vvupipe.fd_socket import accept, peer_pid
 from vvupipe.unix_path import connect_if_there
 from vvupipe.vhost_user.describe import Side
 from vvupipe.vhost_user.messages import Message, Request
@@ -47,10 +47,7 @@ class TraceRelay:
     async def run(self) -> None:
         """Serve until cancelled."""
         while True:
-            await wait_fd(self._listening.fileno())
-            with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-                front_end, _ = self._listening.accept()
-                await self._serve(front_end)
+            await self._serve(await accept(self._listening, f"{self._listen_path}: a front-end"))
 
     async def _serve(self, front_end: socket.socket) -> None:
         with contextlib.ExitStack() as stack:

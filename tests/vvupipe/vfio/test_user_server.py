@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.vvupipe.vfio.server_thread import RawClient
+from vvupipe import fd_socket
 from vvupipe.errors import WorkerError
 from vvupipe.vfio import user_server
 from vvupipe.vfio.served_function import Region
@@ -305,7 +306,7 @@ def test_second_client_is_told_that_the_function_is_busy(server, client, path):
 
 
 def test_client_for_whom_no_file_can_be_opened_has_to_wait(server, path, monkeypatch, caplog):
-    monkeypatch.setattr(user_server, "_ACCEPT_AGAIN_S", 0.02)
+    monkeypatch.setattr(fd_socket, "_ACCEPT_AGAIN_S", 0.02)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     client = RawClient.__new__(RawClient)
     client.sock = socket.socket(socket.AF_UNIX)

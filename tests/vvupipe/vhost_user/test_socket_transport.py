@@ -9,8 +9,8 @@ import struct
 import pytest
 
 from tests.mock import frontend as fe
+from vvupipe import fd_socket
 from vvupipe.errors import Disconnected, ProtocolError, TransportError, UserError
-from vvupipe.vhost_user import socket_transport
 from vvupipe.vhost_user.messages import Message, ProtocolFeature
 from vvupipe.vhost_user.payloads import pack_u64
 from vvupipe.vhost_user.socket_transport import SocketConnection, SocketTransport
@@ -237,7 +237,7 @@ def test_front_ends_one_after_another(tmp_path):
 
 
 def test_front_end_for_whom_no_file_can_be_opened_has_to_wait(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(socket_transport, "_ACCEPT_AGAIN_S", 0.02)
+    monkeypatch.setattr(fd_socket, "_ACCEPT_AGAIN_S", 0.02)
     transport = SocketTransport.listen(tmp_path / "s.sock")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
 
