@@ -7,10 +7,10 @@ import mmap
 import os
 from dataclasses import dataclass
 
-from vvupipe.devices.block import file_memory
+from vvupipe.devices.block import file_memory, polled_queues
 from vvupipe.devices.block.image import Image
 from vvupipe.errors import UserError
-from vvupipe.workers import io_uring, polled_queues
+from vvupipe.workers import io_uring
 
 _MERGE_BYTES = 256 << 10
 _FOR_URING = "--sqpoll, --iopoll and --pin-memory"

@@ -25,6 +25,7 @@ _BLKIOMIN = 0x1278  # linux/fs.h: _IO(0x12, n)
 _BLKIOOPT = 0x1279
 _BLKPBSZGET = 0x127B
 _SMALLEST_BYTES = 512
+_DISKS = Path("/sys/dev/block")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def _can(fd: int, mode: int, offset: int, length: int) -> bool:
 
 
 def _probe_block_device(fd: int, device: int, read_only: bool) -> ImageLimits:
-    queue = _queue_folder(device)
+    queue = queue_folder(device)
     discard = not read_only and _number(queue / "discard_max_bytes") > 0
     write_zeroes = not read_only and _number(queue / "write_zeroes_max_bytes") > 0
     physical_bytes = _power_of_two(_ask(fd, _BLKPBSZGET))
@@ -107,9 +108,9 @@ def _probe_block_device(fd: int, device: int, read_only: bool) -> ImageLimits:
     )
 
 
-def _queue_folder(device: int) -> Path:
+def queue_folder(device: int) -> Path:
     """The folder `queue` of a disk, which partitions share."""
-    folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    folder = (_DISKS / f"{os.major(device)}:{os.minor(device)}").resolve()
     return (folder.parent if (folder / "partition").exists() else folder) / "queue"
 
 

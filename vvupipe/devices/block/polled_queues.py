@@ -8,15 +8,14 @@ import mmap
 import os
 import stat
 import time
-from pathlib import Path
 
 import numpy as np
 
 from kernels import uring_layout as layout
+from vvupipe.devices.block import image_limits
 from vvupipe.workers import io_uring_calls as calls
 from vvupipe.workers.io_uring import IoUring
 
-_DISKS = Path("/sys/dev/block")
 _PATIENCE_S = 5.0  # for one read
 
 
@@ -41,11 +40,9 @@ def missing(fd: int, block_bytes: int) -> str | None:
 def _has_polled_queues(status: os.stat_result) -> bool | None:
     """What sysfs says of the disk behind a file; None when it says nothing, as for a file system on several disks."""
     number = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
-    folder = (_DISKS / f"{os.major(number)}:{os.minor(number)}").resolve()
-    disk = folder.parent if (folder / "partition").exists() else folder
     try:
         # A device without them completes such requests by interrupts in some versions of Linux, and nobody tells.
-        return (disk / "queue/io_poll").read_text().strip() == "1"
+        return (image_limits.queue_folder(number) / "io_poll").read_text().strip() == "1"
     except OSError:
         return None
 

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from tests.kernels.others import needs_io_uring
-from vvupipe.workers import polled_queues
+from vvupipe.devices.block import polled_queues
 from vvupipe.workers.io_uring import IoUring
 
 BLOCK = 4096
@@ -70,7 +70,7 @@ def test_what_sysfs_says_of_the_disk(monkeypatch, tmp_path, text, told):
     for name, number in (("sda", 0x800), ("sda/sda1", 0x801)):
         (tmp_path / f"{os.major(number)}:{os.minor(number)}").symlink_to(tmp_path / name)
         status = types.SimpleNamespace(st_mode=0o060000, st_rdev=number, st_dev=0)
-        monkeypatch.setattr(polled_queues, "_DISKS", tmp_path)
+        monkeypatch.setattr(polled_queues.image_limits, "_DISKS", tmp_path)
         assert polled_queues._has_polled_queues(status) is told
         of_a_file = types.SimpleNamespace(st_mode=0o100000, st_rdev=0, st_dev=number)
         assert polled_queues._has_polled_queues(of_a_file) is told
