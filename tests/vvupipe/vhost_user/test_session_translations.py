@@ -53,6 +53,14 @@ def play(back_end, story):
     asyncio.run(back_end.play(story))
 
 
+def answer(frontend, channel, back_end):
+    """Answer what is asked on the channel: the vring is served then."""
+    request, _, _ = channel.receive()
+    tell_all(frontend, back_end.memory)
+    channel.acknowledge(request)
+    assert BlkDriver(back_end.ring).read(2, 512) == back_end.content[1024:1536]
+
+
 @contextlib.contextmanager
 def useless_channel(frontend, kind):
     """A back-end channel that takes no messages: it is closed, or whoever has the other end does not read."""
@@ -79,10 +87,7 @@ def test_channel_that_takes_no_messages_is_tried_once(tmp_path, caplog, kind):
             asked = [record for record in caplog.records if "cannot be asked" in record.message]
             assert len(asked) == 1
             channel = frontend.open_channel()
-            request, _, _ = channel.receive()
-            tell_all(frontend, back_end.memory)
-            channel.acknowledge(request)
-            assert BlkDriver(back_end.ring).read(2, 512) == back_end.content[1024:1536]
+            answer(frontend, channel, back_end)
             channel.close()
 
     play(BackEnd(tmp_path), story)
@@ -182,10 +187,7 @@ def test_channel_that_is_replaced_while_it_is_asked(tmp_path):
             start(frontend, back_end.ring)
             former.receive()
             channel = frontend.open_channel()
-            request, _, _ = channel.receive()
-            tell_all(frontend, back_end.memory)
-            channel.acknowledge(request)
-            assert BlkDriver(back_end.ring).read(2, 512) == back_end.content[1024:1536]
+            answer(frontend, channel, back_end)
             former.close()
             channel.close()
 

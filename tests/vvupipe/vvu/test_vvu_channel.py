@@ -15,6 +15,22 @@ from vvupipe.vhost_user.messages import Message
 from vvupipe.vhost_user.payloads import pack_u64
 
 
+async def give_channel(frontend, connection):
+    """The sibling's end of a back-end channel, and the message by which the driver was told of it."""
+    ours, given = socket.socketpair()
+    with given:
+        return ours, await tell(frontend, connection, fe.SET_BACKEND_REQ_FD, b"", [given.fileno()])
+
+
+async def send_until_full(channel):
+    """The task of the first message that finds socket and txq full."""
+    while True:
+        sending = asyncio.create_task(channel.send(Message(2)))
+        done, _ = await asyncio.wait({sending}, timeout=0.5)
+        if not done:
+            return sending
+
+
 def test_channel_that_carries_no_messages_is_refused(vm):
     async def test():
         with opened(vm) as transport:
@@ -38,15 +54,13 @@ def test_another_channel_ends_the_former(vm):
     async def test():
         with opened(vm) as transport:
             frontend, connection = await connect(vm, transport)
-            channels = [socket.socketpair() for _ in range(2)]
-            for ours, given in channels:
-                await tell(frontend, connection, fe.SET_BACKEND_REQ_FD, b"", [given.fileno()])
-                given.close()
+            channels = [(await give_channel(frontend, connection))[0] for _ in range(2)]
+            for ours in channels:
                 ours.settimeout(5)
-            assert await asyncio.to_thread(channels[0][0].recv, 1) == b""
+            assert await asyncio.to_thread(channels[0].recv, 1) == b""
             await connection.send(Message(2))
-            assert await asyncio.to_thread(channels[1][0].recv, 12) == struct.pack("=III", 2, 1, 0)
-            for ours, _ in channels:
+            assert await asyncio.to_thread(channels[1].recv, 12) == struct.pack("=III", 2, 1, 0)
+            for ours in channels:
                 ours.close()
             frontend.close()
 
@@ -57,9 +71,7 @@ def test_what_a_channel_still_holds_does_not_reach_the_next_sibling(vm):
     async def test():
         with opened(vm) as transport:
             frontend, connection = await connect(vm, transport)
-            ours, given = socket.socketpair()
-            await tell(frontend, connection, fe.SET_BACKEND_REQ_FD, b"", [given.fileno()])
-            given.close()
+            ours, _ = await give_channel(frontend, connection)
             ours.setblocking(False)
             for _ in range(2):  # more than there are rx buffers, so that some wait in the socket
                 with contextlib.suppress(BlockingIOError):
@@ -84,15 +96,10 @@ def test_one_who_waits_to_send_takes_nothing_from_one_who_receives(tmp_path, mon
     async def test():
         with opened(vm) as transport:
             frontend, connection = await connect(vm, transport)
-            ours, given = socket.socketpair()
-            message = await tell(frontend, connection, fe.SET_BACKEND_REQ_FD, b"", [given.fileno()])
-            given.close()
+            ours, message = await give_channel(frontend, connection)
             channel = connection.back_end_channel(message)
             receiving = asyncio.create_task(connection.receive())
-            done = True
-            while done:  # until socket and txq are full
-                sending = asyncio.create_task(channel.send(Message(2)))
-                done, _ = await asyncio.wait({sending}, timeout=0.5)
+            sending = await send_until_full(channel)
             sending.cancel()
             await asyncio.wait({sending})
             vm.kill()
@@ -108,14 +115,9 @@ def test_sibling_that_reads_nothing_of_its_channel_and_breaks_it(vm):
     async def test():
         with opened(vm) as transport:
             frontend, connection = await connect(vm, transport)
-            ours, given = socket.socketpair()
-            message = await tell(frontend, connection, fe.SET_BACKEND_REQ_FD, b"", [given.fileno()])
-            given.close()
+            ours, message = await give_channel(frontend, connection)
             channel = connection.back_end_channel(message)
-            done = True
-            while done:  # until socket and txq are full
-                sending = asyncio.create_task(channel.send(Message(2)))
-                done, _ = await asyncio.wait({sending}, timeout=0.5)
+            sending = await send_until_full(channel)
             ours.send(struct.pack("=III", 2, 0, 0))  # of no version
             await asyncio.wait_for(sending, 5)
             assert await ask(frontend, connection, fe.GET_FEATURES, pack_u64(1)) == pack_u64(1)
