@@ -21,6 +21,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import demonstration
+
 ADDRESS = "0000:00:10.0"
 VVUPIPE = [sys.executable, "-P", "-m", "vvupipe"]
 _SECTOR = 512
@@ -111,8 +113,6 @@ def main() -> int:
     parser.add_argument("--size", type=_above_0, default=256, metavar="MiB", help="size of the demonstration disk")
     parser.add_argument("--seconds", type=_above_0, default=3, help="how long each workload runs")
     options = parser.parse_args()
-    # As Ctrl-C: what was started is ended, and the folder removed, on the way out.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="vvupipe-demo-") as folder:
         os.environ["XDG_RUNTIME_DIR"] = folder
         image, socket = Path(folder) / "disk.img", f"{folder}/vhost-user.socket"
@@ -141,9 +141,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (OSError, subprocess.SubprocessError) as error:
-        sys.exit(f"demo: {error}")
+    demonstration.run(main, "demo")

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import build_initramfs
+import demonstration
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "0000:00:10.0"
@@ -122,8 +123,6 @@ def main() -> int:
     parser.add_argument("--mem", type=int, default=512, metavar="MiB", help="RAM of each VM")
     parser.add_argument("--qemu", help="QEMU for the device VM  [default: qemu-system-x86_64]")
     options = parser.parse_args()
-    # As Ctrl-C: what was started is ended, and the folder removed, on the way out.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     check = options.check or not sys.stdin.isatty()
     try:
         kernel = build_initramfs.newest_kernel()
@@ -182,9 +181,4 @@ def scene(options: argparse.Namespace, kernel: build_initramfs.Kernel, folder: P
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (OSError, subprocess.SubprocessError) as error:
-        sys.exit(f"real_demo: {error}")
+    demonstration.run(main, "real_demo")
